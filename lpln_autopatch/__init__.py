@@ -1,0 +1,56 @@
+"""LayerNorm in the autocast dtype, for every PyTorch program, without a change to its code.
+
+    LPLN_PRECISION=amp python train.py
+
+The public names are loaded when they are first used: importing this package imports
+neither torch nor wrapt, so that torch can load our entry point at no cost.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NoEffectWarning",
+    "Precision",
+    "disable",
+    "enable",
+    "exempt",
+    "low_precision_layernorm",
+    "status",
+]
+
+if TYPE_CHECKING:
+    from lpln_autopatch.activation import (
+        disable,
+        enable,
+        exempt,
+        low_precision_layernorm,
+        status,
+    )
+    from lpln_autopatch.precision import NoEffectWarning, Precision
+
+_HOME = {
+    "NoEffectWarning": "precision",
+    "Precision": "precision",
+    "disable": "activation",
+    "enable": "activation",
+    "exempt": "activation",
+    "low_precision_layernorm": "activation",
+    "status": "activation",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,43 @@
+"""Zero code: LPLN_PRECISION turns low precision on when torch has been imported.
+
+Called by torch itself (entry point group `torch.backends`), by autowrapt (group
+`lpln_autopatch`), and by `sitecustomize_example`. With the variable unset it imports nothing.
+"""
+
+from __future__ import annotations
+
+import os
+
+_VARIABLE = "LPLN_PRECISION"
+_AS_IF_UNSET = ("", "0", "off")
+_done = False
+
+
+def on_torch_import(torch: object = None) -> None:
+    """Enable what LPLN_PRECISION asks for. Calling it again, by another route, does nothing.
+
+    Args:
+        torch: The module, as post-import hooks pass it. Not used.
+
+    Raises:
+        SystemExit: LPLN_PRECISION is not valid. Not a ValueError, which torch would bury in
+            advice of its own, and which an `except Exception` around an import would hide.
+        ValueError: The same in a thread, where Python ignores SystemExit without a word.
+    """
+    global _done
+    value = os.environ.get(_VARIABLE, "")
+    if _done or value.lower() in _AS_IF_UNSET:
+        return
+
+    import threading
+
+    from lpln_autopatch.activation import set_base
+
+    try:
+        set_base(value, "auto", "environment", _VARIABLE)
+    except ValueError as error:
+        message = f"{error} Unset it, or set it to 'off', to leave LayerNorm as PyTorch has it."
+        if threading.current_thread() is threading.main_thread():
+            raise SystemExit(f"lpln_autopatch: {message}") from None
+        raise ValueError(message) from None
+    _done = True

@@ -1,0 +1,132 @@
+"""The hot path: is this call lowered, to which dtype, and by which backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from lpln_autopatch.backends import Backend, native
+from lpln_autopatch.precision import NoEffectWarning
+from lpln_autopatch.torch_compat import (
+    autocast_dtype,
+    is_dynamo_compiling,
+    is_tracing,
+    run_while_compiling,
+)
+
+EXEMPT = "_lpln_autopatch_exempt"
+"""The attribute that marks a module as exempt."""
+
+Forward = Callable[[torch.nn.LayerNorm, torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowering:
+    """How calls are lowered while a precision is active.
+
+    Attributes:
+        precision: Its name, for the warning when it does not engage.
+        dtypes: The autocast dtypes for which it engages.
+        backend: What normalises.
+    """
+
+    precision: str
+    dtypes: tuple[torch.dtype, ...]
+    backend: Backend
+
+
+# A plain global, because Dynamo guards on one: compiled code follows every change, and keeps
+# the lowered and the stock variant side by side. Reading a ContextVar would break the graph.
+active: Lowering | None = None
+
+
+def lowering_forward(original: Forward) -> Forward:
+    """`LayerNorm.forward` that lowers what `lowered_dtype` says, and is `original` otherwise.
+
+    A plain function: Dynamo sees through a `wrapt.FunctionWrapper` to the original's code, and
+    compiled code would run stock. TorchScript compiles the original's source, by `__wrapped__`.
+    """
+    # A backend takes the place of torch's own forward, never of one that somebody else put there.
+    is_torchs_own = type(original) is types.FunctionType and original.__globals__ is vars(
+        torch.nn.modules.normalization
+    )
+
+    @functools.wraps(original)
+    def forward(self: torch.nn.LayerNorm, input: torch.Tensor) -> torch.Tensor:
+        lowering = active
+        if lowering is None:
+            return original(self, input)
+        dtype = lowered_dtype(lowering, self, input)
+        if dtype is None:
+            return original(self, input)
+        if is_dynamo_compiling() or not is_torchs_own:
+            return _rounded(original, self, input, dtype)
+        return lowering.backend(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, dtype
+        )
+
+    return forward
+
+
+def lowered_dtype(
+    lowering: Lowering, module: torch.nn.LayerNorm, x: torch.Tensor
+) -> torch.dtype | None:
+    """The dtype to which this call is lowered, or None if it is stock."""
+    # An fx.Proxy gets here when a LayerNorm is the root that fx traces.
+    if not isinstance(x, torch.Tensor):
+        return None
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None:
+        return None
+    if dtype not in lowering.dtypes:
+        _warn_of_other_dtype(lowering.precision, dtype)
+        return None
+    # Autocast itself never touches float64.
+    if x.dtype is not torch.float32 and (x.dtype is torch.float64 or not x.is_floating_point()):
+        return None
+    if is_dynamo_compiling():
+        # Dynamo guards on this way of reading the mark, and on no other.
+        exempt = getattr(module, EXEMPT, False)
+    else:
+        # Module.__getattr__ takes longer to find a name missing than all else here together.
+        # TorchScript gets the stock forward.
+        exempt = EXEMPT in module.__dict__ or is_tracing()
+    return None if exempt else dtype
+
+
+def _rounded(
+    original: Forward, module: torch.nn.LayerNorm, x: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`original`'s output in `dtype`, for where no backend may take its place.
+
+    In compiled code that is also the fastest: Inductor fuses the upcast, the norm and the
+    downcast into one kernel, and no autocast region enters the graph (torch 2.13's AOTAutograd
+    cache is bypassed by one).
+    """
+    if x.dtype is not torch.float32 and x.dtype is not dtype:
+        # `original` would round to x's dtype before we round to the other.
+        return native.normalise_in_float32(
+            x, module.normalized_shape, module.weight, module.bias, module.eps, dtype
+        )
+    return original(module, x).to(dtype=dtype)
+
+
+_warned: set[str] = set()
+
+
+@run_while_compiling
+def _warn_of_other_dtype(precision: str, dtype: torch.dtype) -> None:
+    if precision in _warned:
+        return
+    _warned.add(precision)
+    warnings.warn(
+        f"precision {precision!r} is active, but autocast runs in {dtype}: "
+        "LayerNorm stays as PyTorch has it. Precision 'amp' engages for float16 and bfloat16.",
+        NoEffectWarning,
+        stacklevel=2,
+    )

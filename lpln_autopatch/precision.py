@@ -1,0 +1,91 @@
+"""Precision names, and for which autocast dtype each of them engages.
+
+Free of torch, so that an environment variable can be judged while torch is being imported.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_ALIASES = {
+    "bf16": "amp_bf16",
+    "torch.bfloat16": "amp_bf16",
+    "torch.float16": "amp_fp16",
+}
+
+
+class NoEffectWarning(UserWarning):
+    """Low precision was asked for, and LayerNorm stays as PyTorch has it."""
+
+
+class Precision(str, enum.Enum):
+    """When LayerNorm is lowered. The names are Composer's, plus `AMP`.
+
+    `Precision("bf16")`, `Precision("AMP_BF16")` and `Precision(torch.bfloat16)` are one member:
+    case does not matter, and dtypes and `composer.core.Precision` members are understood.
+
+    Attributes:
+        AMP: Engages for the autocast dtype in force, float16 or bfloat16.
+        AMP_FP16: Engages when the autocast dtype is float16. Also `torch.float16`.
+        AMP_BF16: Engages when the autocast dtype is bfloat16. Also `"bf16"`, `torch.bfloat16`.
+        FP32: Never engages; as an inner block it switches lowering off.
+        FP16: Never engages: Composer's name for training that is float16 without autocast.
+        AMP_FP8: Never engages: Composer's name for Transformer Engine's own modules.
+
+    Source:
+        MosaicML Composer, `composer.core.Precision`; differs in: `AMP`, the aliases.
+    """
+
+    AMP = "amp"
+    AMP_FP16 = "amp_fp16"
+    AMP_BF16 = "amp_bf16"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    AMP_FP8 = "amp_fp8"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @classmethod
+    def _missing_(cls, value: object) -> Precision | None:
+        # Composer's members are recognised by their value: importing Composer to ask is too dear.
+        name = str(value.value if isinstance(value, enum.Enum) else value).lower()
+        name = _ALIASES.get(name, name)
+        return next((member for member in cls if member.value == name), None)
+
+    @classmethod
+    def parse(cls, value: object, source: str) -> Precision:
+        """The precision that `value` names.
+
+        Args:
+            value: A name, a `Precision`, a `torch.dtype`, or a member of Composer's enum.
+            source: Where the value came from, for the error: an argument or a variable.
+
+        Raises:
+            ValueError: `value` names no precision.
+        """
+        try:
+            return cls(value)
+        except ValueError:
+            valid = ", ".join([*(str(member) for member in cls), *_ALIASES])
+            raise ValueError(f"{source}={value!r} is not a precision. Valid: {valid}.") from None
+
+    @property
+    def ever_engages(self) -> bool:
+        """Whether there is an autocast dtype for which this precision engages."""
+        return self in _ENGAGES
+
+    def engages(self, autocast_dtype: torch.dtype) -> bool:
+        """Whether a LayerNorm under autocast to `autocast_dtype` is lowered."""
+        return str(autocast_dtype) in _ENGAGES.get(self, ())
+
+
+_ENGAGES = {
+    Precision.AMP: ("torch.float16", "torch.bfloat16"),
+    Precision.AMP_FP16: ("torch.float16",),
+    Precision.AMP_BF16: ("torch.bfloat16",),
+}
