@@ -186,20 +186,23 @@ class Status:
 
 def status() -> Status:
     """What is in force now, where it came from, and whether the wrapper is installed."""
-    import importlib_metadata
-    import torch  # noqa: F401  (first, for the reason that _request gives)
+    import torch  # first, for the reason that _request gives
+    from importlib_metadata import version
 
-    from lpln_autopatch import patch
+    from lpln_autopatch import __version__, patch
 
-    versions = {n: importlib_metadata.version(n) for n in ("lpln_autopatch", "torch", "wrapt")}
-    versions["python"] = platform.python_version()
     request = current()
     return Status(
         precision=request.precision if request else None,
         backend=request.backend if request else None,
         source=request.source if request else None,
         installed=patch.is_installed(),
-        versions=versions,
+        versions={
+            "lpln_autopatch": __version__,
+            "torch": str(torch.__version__),
+            "wrapt": version("wrapt"),
+            "python": platform.python_version(),
+        },
     )
 
 

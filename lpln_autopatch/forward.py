@@ -10,6 +10,11 @@ from collections.abc import Callable
 
 import torch
 
+# TorchScript looks up the names in the source of the wrapped function here, in the wrapper's
+# module: those of LayerNorm.forward are F and Tensor.
+import torch.nn.functional as F  # noqa: F401
+from torch import Tensor
+
 from lpln_autopatch.backends import Backend, native
 from lpln_autopatch.precision import NoEffectWarning
 from lpln_autopatch.torch_compat import (
@@ -22,7 +27,7 @@ from lpln_autopatch.torch_compat import (
 EXEMPT = "_lpln_autopatch_exempt"
 """The attribute that marks a module as exempt."""
 
-Forward = Callable[[torch.nn.LayerNorm, torch.Tensor], torch.Tensor]
+Forward = Callable[[torch.nn.LayerNorm, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,7 @@ def lowering_forward(original: Forward) -> Forward:
     )
 
     @functools.wraps(original)
-    def forward(self: torch.nn.LayerNorm, input: torch.Tensor) -> torch.Tensor:
+    def forward(self: torch.nn.LayerNorm, input: Tensor) -> Tensor:
         lowering = active
         if lowering is None:
             return original(self, input)
@@ -73,12 +78,10 @@ def lowering_forward(original: Forward) -> Forward:
     return forward
 
 
-def lowered_dtype(
-    lowering: Lowering, module: torch.nn.LayerNorm, x: torch.Tensor
-) -> torch.dtype | None:
+def lowered_dtype(lowering: Lowering, module: torch.nn.LayerNorm, x: Tensor) -> torch.dtype | None:
     """The dtype to which this call is lowered, or None if it is stock."""
     # An fx.Proxy gets here when a LayerNorm is the root that fx traces.
-    if not isinstance(x, torch.Tensor):
+    if not isinstance(x, Tensor):
         return None
     dtype = autocast_dtype(x.device.type)
     if dtype is None:
@@ -100,8 +103,8 @@ def lowered_dtype(
 
 
 def _rounded(
-    original: Forward, module: torch.nn.LayerNorm, x: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+    original: Forward, module: torch.nn.LayerNorm, x: Tensor, dtype: torch.dtype
+) -> Tensor:
     """`original`'s output in `dtype`, for where no backend may take its place.
 
     In compiled code that is also the fastest: Inductor fuses the upcast, the norm and the

@@ -1,0 +1,58 @@
+"""What several test files need."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lpln_autopatch.torch_compat import TORCH_VERSION
+
+ROOT = Path(__file__).resolve().parent.parent
+
+needs_dynamo = pytest.mark.skipif(
+    TORCH_VERSION < (2, 5),
+    reason="Dynamo inlines LayerNorm.forward since torch 2.5; CI runs this on later versions",
+)
+AUTOCAST_DTYPES = [torch.bfloat16, torch.float16]
+if TORCH_VERSION < (2, 4):
+    AUTOCAST_DTYPES.remove(torch.float16)  # autocast on CPU refuses it there
+
+
+def autocast(dtype: torch.dtype = torch.bfloat16, **options: object) -> torch.autocast:
+    """Autocast on the CPU."""
+    return torch.autocast("cpu", dtype=dtype, **options)
+
+
+def output_dtype(
+    module: torch.nn.Module, x: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16
+) -> torch.dtype:
+    """The dtype that `module` gives for x (float32, 4x8) under CPU autocast to `dtype`."""
+    with autocast(dtype):
+        return module(torch.randn(4, 8) if x is None else x).dtype
+
+
+def run_python(
+    *arguments: str,
+    check: bool = True,
+    timeout: float = 300,
+    cwd: object = None,
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, with LPLN_* set only as `environment` says."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("LPLN_", "AUTOWRAPT"))}
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+    )
+    if check and result.returncode != 0:
+        pytest.fail(f"exit {result.returncode}\n{result.stdout}\n{result.stderr}")
+    return result

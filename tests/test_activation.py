@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import pickle
+import random
+import threading
+import warnings
+
+import pytest
+import torch
+from support import AUTOCAST_DTYPES, output_dtype
+
+import lpln_autopatch as lpln
+from lpln_autopatch import NoEffectWarning, low_precision_layernorm
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def test_enable_lowers_until_disable(layer_norm):
+    """enable() lowers every instance, earlier or later; disable() ends it."""
+    assert output_dtype(layer_norm) is FP32
+    lpln.enable()
+    assert output_dtype(layer_norm) is BF16
+    assert output_dtype(torch.nn.LayerNorm(8)) is BF16
+    lpln.disable()
+    assert output_dtype(layer_norm) is FP32
+
+
+def test_enable_again_replaces_precision(layer_norm):
+    """The last enable() holds, and one disable() ends it."""
+    lpln.enable("bf16")
+    with pytest.warns(NoEffectWarning):
+        lpln.enable("fp32")
+    assert output_dtype(layer_norm) is FP32
+    lpln.enable("amp")
+    assert output_dtype(layer_norm) is BF16
+    lpln.disable()
+    assert lpln.status().precision is None
+
+
+def test_disable_twice_does_nothing_more():
+    """disable() without anything to undo is silent."""
+    lpln.disable()
+    lpln.disable()
+
+
+def test_block_lowers_inside_only(layer_norm):
+    """A block lowers inside and leaves the wrapper, inert, outside; disable() removes it."""
+    with low_precision_layernorm("bf16"):
+        assert output_dtype(layer_norm) is BF16
+    assert output_dtype(layer_norm) is FP32
+    assert lpln.status().installed
+    lpln.disable()
+    assert not lpln.status().installed
+
+
+def test_innermost_block_wins(layer_norm):
+    """Blocks nest, go before the base, and give back what they found."""
+    lpln.enable("amp")
+    with low_precision_layernorm("fp32"):
+        assert output_dtype(layer_norm) is FP32
+        with low_precision_layernorm("amp"):
+            assert output_dtype(layer_norm) is BF16
+        assert output_dtype(layer_norm) is FP32
+    assert output_dtype(layer_norm) is BF16
+
+
+def test_block_ends_with_an_exception(layer_norm):
+    """An exception closes the block and is not swallowed."""
+    with pytest.raises(KeyError), low_precision_layernorm():
+        raise KeyError
+    assert output_dtype(layer_norm) is FP32
+
+
+def test_one_instance_can_be_entered_again(layer_norm):
+    """An instance is reusable and reentrant, like torch.autocast."""
+    block = low_precision_layernorm()
+    for _ in range(2):
+        with block:
+            with block:
+                pass
+            assert output_dtype(layer_norm) is BF16
+        assert output_dtype(layer_norm) is FP32
+
+
+def test_block_decorates_a_function(layer_norm):
+    """As a decorator it lowers inside the function, recursion included."""
+
+    @low_precision_layernorm("bf16")
+    def run(depth: int = 1) -> torch.dtype:
+        """Doc."""
+        return run(depth - 1) if depth else output_dtype(layer_norm)
+
+    assert run() is BF16
+    assert run.__doc__ == "Doc."
+    assert output_dtype(layer_norm) is FP32
+
+
+def test_block_refuses_to_decorate_what_runs_later():
+    """A generator's or coroutine's body would run after the block closed: TypeError."""
+
+    def generator():
+        yield
+
+    async def coroutine():
+        pass
+
+    async def async_generator():
+        yield
+
+    for function in (generator, coroutine, async_generator):
+        with pytest.raises(TypeError, match="with"):
+            low_precision_layernorm()(function)
+
+
+def test_disable_inside_a_block_keeps_the_block(layer_norm):
+    """disable() in a block clears the base; the wrapper goes with the last block."""
+    lpln.enable("amp")
+    with low_precision_layernorm("bf16"):
+        with low_precision_layernorm("amp"):
+            lpln.disable()
+            with low_precision_layernorm("amp"):
+                pass
+            assert output_dtype(layer_norm) is BF16
+        assert lpln.status().source == "block"
+    assert output_dtype(layer_norm) is FP32
+    assert not lpln.status().installed
+
+
+def test_enable_after_disable_inside_a_block_holds(layer_norm):
+    """The last word inside a block is enable(): it outlives the block."""
+    with low_precision_layernorm("bf16"):
+        lpln.disable()
+        lpln.enable("amp")
+    assert output_dtype(layer_norm) is BF16
+
+
+@pytest.mark.parametrize("arguments", [("bf61",), ("amp", "cuda"), ("off",), (None,)])
+@pytest.mark.parametrize("ask", [lpln.enable, low_precision_layernorm])
+def test_refused_request_changes_nothing(layer_norm, ask, arguments):
+    """A bad precision or backend is a ValueError at the call, and the state stays."""
+    lpln.enable("bf16")
+    before = lpln.status()
+    with pytest.raises(ValueError, match="Valid: "):
+        ask(*arguments)
+    assert lpln.status() == before
+    assert output_dtype(layer_norm) is BF16
+
+
+def test_failing_installation_changes_nothing(layer_norm, monkeypatch):
+    """If the patch cannot be put on, the request is forgotten and nothing stays patched."""
+    from lpln_autopatch import patch
+
+    broken = patch._Patch(torch.utils.checkpoint, "no_such_function", lambda original: original)
+    monkeypatch.setattr(patch, "_CHECKPOINT", [*patch._CHECKPOINT, broken])
+    before = dict(vars(torch.utils.checkpoint.CheckpointFunction))
+    for ask in (lpln.enable, low_precision_layernorm().__enter__):
+        with pytest.raises(AttributeError):
+            ask()
+        assert lpln.status().precision is None
+        assert not lpln.status().installed
+        assert dict(vars(torch.utils.checkpoint.CheckpointFunction)) == before
+        assert output_dtype(layer_norm) is FP32
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "amp_fp8"])
+def test_precision_that_never_engages_warns(name):
+    """Composer's other precisions are accepted with a NoEffectWarning, here at the caller."""
+    with pytest.warns(NoEffectWarning, match=name) as caught:
+        lpln.enable(name)
+    assert caught[0].filename == __file__
+    lpln.disable()
+    with pytest.warns(NoEffectWarning, match=name) as caught, low_precision_layernorm(name):
+        pass
+    assert caught[0].filename == __file__
+
+
+def test_inner_block_that_switches_off_does_not_warn():
+    """fp32 inside an active block or base is a switch, not a mistake."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with low_precision_layernorm("amp"), low_precision_layernorm("fp32"):
+            pass
+        lpln.enable("amp")
+        with low_precision_layernorm("fp32"):
+            pass
+
+
+@pytest.mark.skipif(FP16 not in AUTOCAST_DTYPES, reason="autocast on CPU has only bfloat16 there")
+def test_autocast_of_the_other_dtype_is_stock_and_warns_once(layer_norm):
+    """A named dtype leaves an autocast of the other one stock, and says so once."""
+    lpln.enable("amp_fp16")
+    with pytest.warns(NoEffectWarning, match=r"amp_fp16.*torch.bfloat16") as caught:
+        for _ in range(3):
+            assert output_dtype(layer_norm, dtype=BF16) is FP32
+    assert len(caught) == 1
+    assert output_dtype(layer_norm, dtype=FP16) is FP16
+
+
+def test_status_says_what_is_in_force():
+    """status() gives precision, backend, source, installation and versions, readably."""
+    assert lpln.status().precision is None
+    lpln.enable("bf16")
+    status = lpln.status()
+    assert (status.precision, status.backend, status.source) == ("amp_bf16", "native", "enable")
+    assert status.installed
+    assert status.versions["torch"] == torch.__version__
+    assert status.versions["lpln_autopatch"] == lpln.__version__
+    assert "amp_bf16" in str(status)
+    with low_precision_layernorm("amp"):
+        assert lpln.status().precision is lpln.Precision.AMP
+        assert lpln.status().source == "block"
+
+
+def test_enable_logs_one_line(caplog):
+    """Activation leaves one INFO line on the package's logger, and prints nothing."""
+    with caplog.at_level(logging.INFO, "lpln_autopatch"):
+        lpln.enable("bf16")
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    assert "amp_bf16" in record.getMessage()
+
+
+def test_overlapping_blocks_of_two_threads_do_not_restore_each_other(layer_norm):
+    """A thread that leaves first takes away its own block only."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with low_precision_layernorm("fp32"):
+            entered.set()
+            leave.wait(10)
+
+    with low_precision_layernorm("amp"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert entered.wait(10)
+        assert output_dtype(layer_norm) is FP32  # the innermost, and process-wide
+    assert lpln.status().precision == "fp32"
+    leave.set()
+    thread.join()
+    assert lpln.status().precision is None
+
+
+def test_threads_at_random_leave_nothing_on(layer_norm):
+    """16 threads enter and leave blocks at random, one shared instance among them."""
+    shared = low_precision_layernorm("bf16")
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        try:
+            for _ in range(50):
+                block = rng.choice([shared, low_precision_layernorm(rng.choice(["amp", "bf16"]))])
+                with block:
+                    if rng.random() < 0.3:
+                        with shared:
+                            assert output_dtype(layer_norm) is BF16
+                    assert output_dtype(layer_norm) is BF16
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert lpln.status().precision is None
+    assert output_dtype(layer_norm) is FP32
+
+
+def test_exempt_keeps_everything_inside_stock():
+    """exempt(module) marks what is inside now; exempt(module, False) takes the marks off."""
+    model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Sequential(torch.nn.LayerNorm(8)))
+    lpln.enable()
+    assert lpln.exempt(model) is model
+    assert [output_dtype(m) for m in (model[0], model[1][0])] == [FP32, FP32]
+    model.append(torch.nn.LayerNorm(8))
+    assert output_dtype(model[2]) is BF16
+    assert lpln.exempt(model[1], False) is model[1]
+    assert [output_dtype(m) for m in (model[0], model[1][0])] == [FP32, BF16]
+
+
+def test_exempt_survives_copies_and_is_not_in_the_state_dict(layer_norm):
+    """The mark goes along with deepcopy, pickle and torch.save, and leaves state_dict alone."""
+    before = set(layer_norm.state_dict())
+    lpln.exempt(layer_norm)
+    assert set(layer_norm.state_dict()) == before
+    buffer = io.BytesIO()
+    torch.save(layer_norm, buffer)
+    buffer.seek(0)
+    trusted = {"weights_only": False} if "weights_only" in torch.load.__code__.co_varnames else {}
+    copies = [
+        copy.deepcopy(layer_norm),
+        copy.copy(layer_norm),
+        pickle.loads(pickle.dumps(layer_norm)),
+        torch.load(buffer, **trusted),
+    ]
+    lpln.enable()
+    assert {output_dtype(c) for c in copies} == {FP32}
+    lpln.exempt(layer_norm, False)
+    assert output_dtype(layer_norm) is BF16
+
+
+def test_exempt_refuses_what_is_no_module():
+    """exempt() of a name or a parameter is a TypeError that says what it takes."""
+    with pytest.raises(TypeError, match="takes a torch.nn.Module, not 'ln_f'"):
+        lpln.exempt("ln_f")

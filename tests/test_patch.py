@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import warnings
+
+import pytest
+import torch
+import wrapt
+from support import autocast, output_dtype
+
+import lpln_autopatch as lpln
+from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch.torch_compat import CHECKPOINT_ENTRIES, CHECKPOINT_RECOMPUTATIONS
+
+BF16, FP32 = torch.bfloat16, torch.float32
+LayerNorm = torch.nn.LayerNorm
+
+
+def patched_attributes() -> list[object]:
+    """Everything that the package patches, as it is now."""
+    checkpoint_module = torch.utils.checkpoint
+    attributes = [vars(LayerNorm)["forward"]]
+    for path in (*CHECKPOINT_ENTRIES, *CHECKPOINT_RECOMPUTATIONS):
+        *owner, name = path.split(".")
+        attributes.append(vars(functools.reduce(getattr, owner, checkpoint_module))[name])
+    return attributes
+
+
+def test_disable_restores_the_identical_objects():
+    """After disable() every attribute that we patched is the object it was before."""
+    before = patched_attributes()
+    assert len(before) >= 4
+    for _ in range(2):
+        lpln.enable()
+        lpln.enable("bf16")
+        assert not any(a is b for a, b in zip(before, patched_attributes(), strict=True))
+        lpln.disable()
+        assert all(a is b for a, b in zip(before, patched_attributes(), strict=True))
+
+
+def test_wrapper_is_a_plain_function_that_wrapt_understands():
+    """Dynamo ignores a FunctionWrapper on forward: ours is a function with a __wrapped__."""
+    original = vars(LayerNorm)["forward"]
+    lpln.enable()
+    wrapper = vars(LayerNorm)["forward"]
+    assert type(wrapper) is types.FunctionType
+    assert list(wrapt.wrapper_chain(wrapper)) == [wrapper, original]
+    assert inspect.signature(wrapper) == inspect.signature(original)
+
+
+def test_block_does_not_patch_again():
+    """The wrapper that a block leaves behind is the one that the next block uses."""
+    with low_precision_layernorm():
+        first = vars(LayerNorm)["forward"]
+    with low_precision_layernorm("bf16"):
+        assert vars(LayerNorm)["forward"] is first
+
+
+def plain(original):
+    def theirs(self, input):
+        return original(self, input) + 1
+
+    return theirs
+
+
+def with_wraps(original):
+    return functools.wraps(original)(plain(original))
+
+
+def with_wrapt(original):
+    return wrapt.FunctionWrapper(original, lambda f, instance, args, kwargs: f(*args, **kwargs) + 1)
+
+
+@pytest.mark.parametrize("theirs", [plain, with_wraps, with_wrapt])
+def test_wrapper_of_somebody_else_on_top_survives(theirs, layer_norm):
+    """disable() never overwrites a later patcher: theirs stays in force, ours is inert."""
+    original = vars(LayerNorm)["forward"]
+    x = torch.randn(4, 8)
+    stock = layer_norm(x)
+    lpln.enable()
+    LayerNorm.forward = top = theirs(vars(LayerNorm)["forward"])
+    try:
+        assert output_dtype(layer_norm) is BF16
+        if theirs is with_wrapt:
+            lpln.disable()  # spliced out from beneath theirs
+        else:
+            with pytest.warns(RuntimeWarning, match=r"LayerNorm\.forward was wrapped by"):
+                lpln.disable()
+        assert vars(LayerNorm)["forward"] is top
+        assert output_dtype(layer_norm) is FP32
+        assert torch.equal(layer_norm(x), stock + 1)
+
+        lpln.enable()
+        assert output_dtype(layer_norm) is BF16
+        assert torch.equal(layer_norm(x), stock + 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            lpln.disable()
+        assert vars(LayerNorm)["forward"] is top
+        assert torch.equal(layer_norm(x), stock + 1)
+    finally:
+        # They leave: what they had wrapped is back, perhaps ours, which can go now.
+        if theirs is not with_wrapt:
+            LayerNorm.forward = inspect.getclosurevars(top).nonlocals["original"]
+            lpln.disable()
+            assert vars(LayerNorm)["forward"] is original
+        else:
+            LayerNorm.forward = original
+
+
+@pytest.mark.parametrize("theirs", [plain, with_wraps, with_wrapt])
+def test_wrapper_of_somebody_else_beneath_is_called(theirs, layer_norm):
+    """Ours calls what it found, whoever put it there, and gives it back on disable()."""
+    original = vars(LayerNorm)["forward"]
+    LayerNorm.forward = beneath = theirs(original)
+    try:
+        x = torch.randn(4, 8)
+        expected = layer_norm(x)
+        lpln.enable()
+        with autocast():
+            lowered = layer_norm(x)
+        assert lowered.dtype is BF16
+        assert torch.equal(lowered, expected.to(BF16))
+        assert torch.equal(layer_norm(x), expected)
+        lpln.disable()
+        assert vars(LayerNorm)["forward"] is beneath
+    finally:
+        LayerNorm.forward = original
+
+
+def test_enable_after_somebody_put_the_original_back(layer_norm):
+    """A patcher that restores what it saved removes ours: the next enable() puts it on again."""
+    original = vars(LayerNorm)["forward"]
+    lpln.enable()
+    LayerNorm.forward = original
+    assert not lpln.status().installed
+    lpln.enable()
+    assert output_dtype(layer_norm) is BF16
+    lpln.disable()
+    LayerNorm.forward = original
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lpln.disable()
+
+
+def test_original_class_is_patched_even_if_the_name_was_rebound(layer_norm, monkeypatch):
+    """`torch.nn.LayerNorm = Other` changes a name; the instances of the real class are lowered."""
+
+    class Other(torch.nn.Module):
+        def forward(self, x):
+            return x
+
+    monkeypatch.setattr(torch.nn, "LayerNorm", Other)
+    lpln.enable()
+    assert output_dtype(layer_norm) is BF16
+    assert "forward" in vars(Other)
+    assert output_dtype(Other()) is FP32
+    monkeypatch.undo()
+
+
+def test_inactive_process_is_bit_identical(layer_norm):
+    """Inert, and after disable(), outputs and gradients are those of an untouched process."""
+
+    def run() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        x = torch.randn(16, 8, requires_grad=True)
+        with autocast():
+            y = layer_norm(x)
+        return [y, *torch.autograd.grad(y.sum() * 3, [x, *layer_norm.parameters()])]
+
+    def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+        return all(torch.equal(s, t) and s.dtype is t.dtype for s, t in zip(a, b, strict=True))
+
+    untouched = run()
+    with low_precision_layernorm():
+        assert not equal(run(), untouched)
+    assert equal(run(), untouched)
+    lpln.disable()
+    assert equal(run(), untouched)
