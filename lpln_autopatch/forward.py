@@ -69,11 +69,15 @@ def lowering_forward(original: Forward) -> Forward:
         dtype = lowered_dtype(lowering, self, input)
         if dtype is None:
             return original(self, input)
-        if is_dynamo_compiling() or not is_torchs_own:
-            return _rounded(original, self, input, dtype)
-        return lowering.backend(
-            input, self.normalized_shape, self.weight, self.bias, self.eps, dtype
-        )
+        if not is_torchs_own:
+            # Upcast what `original` would round to one low precision and we to the other.
+            x = input if input.dtype in (torch.float32, dtype) else input.float()
+            return original(self, x).to(dtype=dtype)
+        # For compiled code that is also the fastest: Inductor fuses the upcast, the norm and the
+        # downcast into one kernel, and saves the unrounded input for backward. No autocast
+        # region enters the graph: with one, torch 2.13's AOTAutograd cache is bypassed.
+        normalise = native.normalise_in_float32 if is_dynamo_compiling() else lowering.backend
+        return normalise(input, self.normalized_shape, self.weight, self.bias, self.eps, dtype)
 
     return forward
 
@@ -100,23 +104,6 @@ def lowered_dtype(lowering: Lowering, module: torch.nn.LayerNorm, x: Tensor) -> 
         # TorchScript gets the stock forward.
         exempt = EXEMPT in module.__dict__ or is_tracing()
     return None if exempt else dtype
-
-
-def _rounded(
-    original: Forward, module: torch.nn.LayerNorm, x: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """`original`'s output in `dtype`, for where no backend may take its place.
-
-    In compiled code that is also the fastest: Inductor fuses the upcast, the norm and the
-    downcast into one kernel, and no autocast region enters the graph (torch 2.13's AOTAutograd
-    cache is bypassed by one).
-    """
-    if x.dtype is not torch.float32 and x.dtype is not dtype:
-        # `original` would round to x's dtype before we round to the other.
-        return native.normalise_in_float32(
-            x, module.normalized_shape, module.weight, module.bias, module.eps, dtype
-        )
-    return original(module, x).to(dtype=dtype)
 
 
 _warned: set[str] = set()

@@ -1,0 +1,312 @@
+"""LPLN_PRECISION without a line of code: every route, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import textwrap
+
+import pytest
+from support import ROOT, run_python
+
+from lpln_autopatch.torch_compat import TORCH_VERSION
+
+SITECUSTOMIZE = str(ROOT / "sitecustomize_example")
+HAS_AUTOLOAD = TORCH_VERSION >= (2, 5)
+needs_autoload = pytest.mark.skipif(
+    not HAS_AUTOLOAD, reason="torch >= 2.5 loads entry points; CI runs this there"
+)
+
+ROUTES = {
+    "entry point": {},
+    "sitecustomize": {"PYTHONPATH": SITECUSTOMIZE, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+    "autowrapt": {"AUTOWRAPT_BOOTSTRAP": "lpln_autopatch", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+    "all": {"PYTHONPATH": SITECUSTOMIZE, "AUTOWRAPT_BOOTSTRAP": "lpln_autopatch"},
+}
+if not HAS_AUTOLOAD:
+    del ROUTES["entry point"]
+
+# A program that knows nothing of this package.
+PROGRAM = """
+import torch
+def dtype(_=None):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return str(torch.nn.LayerNorm(8)(torch.randn(4, 8)).dtype)
+if __name__ == "__main__":
+    print(dtype())
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    """The path of that program."""
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    return str(path)
+
+
+@pytest.mark.parametrize("environment", ROUTES.values(), ids=ROUTES)
+def test_variable_lowers_an_unchanged_program(program, environment):
+    """Each route, and all of them together, lower a program that does not import us."""
+    assert run_python(program, **environment).stdout == "torch.float32\n"
+    for value in ("amp", "BF16"):
+        lowered = run_python(program, LPLN_PRECISION=value, **environment)
+        assert lowered.stdout == "torch.bfloat16\n"
+
+
+@pytest.mark.parametrize("environment", ROUTES.values(), ids=ROUTES)
+def test_routes_activate_once(environment):
+    """However many routes are on, there is one activation and one wrapper."""
+    code = """
+        import logging
+        logging.basicConfig(level="INFO", format="%(name)s %(levelname)s")
+        import torch, wrapt
+        import lpln_autopatch
+        print(lpln_autopatch.status().source, lpln_autopatch.status().precision)
+        print(len(list(wrapt.wrapper_chain(vars(torch.nn.LayerNorm)["forward"]))))
+        lpln_autopatch.disable()
+        print(len(list(wrapt.wrapper_chain(vars(torch.nn.LayerNorm)["forward"]))))
+    """
+    result = run_python("-c", textwrap.dedent(code), LPLN_PRECISION="bf16", **environment)
+    assert result.stdout.split() == ["environment", "amp_bf16", "2", "1"]
+    assert result.stderr.count("lpln_autopatch INFO") == 1
+
+
+@pytest.mark.parametrize("value", ["", "off", "OFF", "0"])
+@pytest.mark.parametrize("environment", ROUTES.values(), ids=ROUTES)
+def test_off_is_as_if_unset(program, value, environment):
+    """off, 0 and empty leave the program stock."""
+    result = run_python(program, LPLN_PRECISION=value, **environment)
+    assert result.stdout == "torch.float32\n"
+
+
+@pytest.mark.parametrize("environment", ROUTES.values(), ids=ROUTES)
+def test_wrong_value_stops_the_process(program, environment):
+    """LPLN_PRECISION=bf61: one message that says what, from where, and what to do; no run."""
+    result = run_python(program, check=False, LPLN_PRECISION="bf61", **environment)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.count("LPLN_PRECISION='bf61' is not a precision. Valid: amp, ") == 1
+    assert "Unset it" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@needs_autoload
+def test_wrong_value_cannot_be_swallowed(tmp_path):
+    """A program that guards its import of torch, or repeats it, does not run stock."""
+    code = """
+        for _ in range(2):
+            try:
+                import torch
+            except Exception:
+                pass
+        print("ran")
+    """
+    result = run_python("-c", textwrap.dedent(code), check=False, LPLN_PRECISION="bf61")
+    assert result.returncode == 1
+    assert "ran" not in result.stdout
+
+
+@needs_autoload
+def test_wrong_value_is_seen_in_a_thread():
+    """In a thread Python ignores SystemExit: there the error is one that it prints."""
+    code = """
+        import threading
+        thread = threading.Thread(target=__import__, args=("torch",))
+        thread.start()
+        thread.join()
+    """
+    result = run_python("-c", textwrap.dedent(code), check=False, LPLN_PRECISION="bf61")
+    assert "LPLN_PRECISION='bf61' is not a precision" in result.stderr
+
+
+@needs_autoload
+def test_broken_installation_stops_the_process(tmp_path):
+    """With the variable set, a dependency that does not import is an error, not a stock run."""
+    (tmp_path / "wrapt.py").write_text("raise ImportError('no wrapt here')")
+    code = "import torch; print('ran')"
+    environment = {"PYTHONPATH": str(tmp_path)}
+    result = run_python("-c", code, check=False, LPLN_PRECISION="amp", **environment)
+    assert result.returncode != 0
+    assert "no wrapt here" in result.stderr
+    assert run_python("-c", code, **environment).stdout == "ran\n"
+
+
+def test_sitecustomize_without_wrapt_stops_what_uses_torch(tmp_path):
+    """A Python that lacks wrapt runs programs without torch, and refuses to import torch."""
+    (tmp_path / "wrapt.py").write_text("raise ImportError('no wrapt here')")
+    environment = {
+        "PYTHONPATH": f"{SITECUSTOMIZE}:{tmp_path}",
+        "LPLN_PRECISION": "amp",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    }
+    result = run_python("-c", "import torch", check=False, **environment)
+    assert result.returncode != 0
+    assert "no wrapt here" in result.stderr
+    assert run_python("-c", "print('ran')", **environment).stdout == "ran\n"
+
+
+@pytest.mark.parametrize("precision", ["", "amp"])
+def test_shadowed_sitecustomize_still_runs(tmp_path, program, precision):
+    """The sitecustomize that ours hides runs, and its errors do not cost the activation."""
+    (tmp_path / "sitecustomize.py").write_text("print('theirs'); raise KeyError('theirs fails')")
+    result = run_python(program, PYTHONPATH=f"{SITECUSTOMIZE}:{tmp_path}", LPLN_PRECISION=precision)
+    assert result.stdout.split() == ["theirs", "torch.bfloat16" if precision else "torch.float32"]
+    assert "theirs fails" in result.stderr
+
+
+def test_sitecustomize_does_not_import_torch():
+    """The hook waits for the program to import torch, if it ever does."""
+    code = "import sys; print('torch' in sys.modules, 'lpln_autopatch' in sys.modules)"
+    result = run_python("-c", code, LPLN_PRECISION="amp", PYTHONPATH=SITECUSTOMIZE)
+    assert result.stdout.split() == ["False", "False"]
+
+
+IMPORTED = """
+import sys, torch
+names = ("lpln_autopatch.activation", "wrapt", "importlib_metadata")
+print(*(name in sys.modules for name in names))
+"""
+
+
+def test_unset_imports_nothing():
+    """With the variable unset, `import torch` imports neither wrapt nor importlib-metadata."""
+    assert run_python("-c", IMPORTED).stdout.split() == ["False"] * 3
+
+
+@needs_autoload
+def test_unset_test_can_fail():
+    """The test above looks at the right names: with the variable set they are imported."""
+    result = run_python("-c", IMPORTED, LPLN_PRECISION="amp")
+    assert result.stdout.split() == ["True", "True", "False"]
+
+
+def test_unset_costs_less_than_a_millisecond():
+    """Loading our entry point and calling it, as `import torch` does, stays under 1 ms."""
+    code = """
+        import time, torch, sys
+        from importlib.metadata import entry_points
+        (entry_point,) = entry_points(group="torch.backends", name="lpln_autopatch")
+        for name in [n for n in sys.modules if n.startswith("lpln_autopatch")]:
+            del sys.modules[name]
+        start = time.perf_counter()
+        entry_point.load()()
+        print(time.perf_counter() - start)
+    """
+    seconds = [float(run_python("-c", textwrap.dedent(code)).stdout) for _ in range(5)]
+    assert statistics.median(seconds) < 0.001
+
+
+@needs_autoload
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import lpln_autopatch",
+        "import lpln_autopatch; lpln_autopatch.enable('bf16')",
+        "from lpln_autopatch import enable, status, exempt; enable('bf16')",
+        "from lpln_autopatch import low_precision_layernorm as l; l('bf16').__enter__()",
+        "import lpln_autopatch.activation as a; a.enable('bf16')",
+        "import lpln_autopatch; lpln_autopatch.status()",
+        "import lpln_autopatch; lpln_autopatch.Precision('amp')",
+    ],
+)
+def test_our_import_before_torchs(first):
+    """With the variable set, using us before torch re-enters us from torch's import: it works."""
+    code = f"{first}\n{PROGRAM}\nimport lpln_autopatch; print(lpln_autopatch.status().precision)"
+    result = run_python("-c", code, LPLN_PRECISION="amp")
+    precision = "amp_bf16" if "bf16" in first else "amp"
+    assert result.stdout.split() == ["torch.bfloat16", precision]
+
+
+def test_importing_us_imports_neither_torch_nor_wrapt():
+    """`import lpln_autopatch`, and the names that need no torch, are light."""
+    code = """
+        import sys, lpln_autopatch
+        from lpln_autopatch import Precision, enable, low_precision_layernorm
+        assert set(lpln_autopatch.__all__) <= set(dir(lpln_autopatch))
+        print([name for name in ("torch", "wrapt", "importlib_metadata") if name in sys.modules])
+    """
+    assert run_python("-c", textwrap.dedent(code), LPLN_PRECISION="amp").stdout == "[]\n"
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_child_processes_inherit(tmp_path, method):
+    """Children are lowered, however they are started, and DataLoader's workers too."""
+    script = tmp_path / "children.py"
+    script.write_text(
+        PROGRAM.replace("if __name__", "if 0 and __name__")
+        + textwrap.dedent(
+            f"""
+            class Dataset(torch.utils.data.Dataset):
+                def __len__(self):
+                    return 2
+                def __getitem__(self, index):
+                    return dtype()
+
+            if __name__ == "__main__":
+                context = torch.multiprocessing.get_context({method!r})
+                with context.Pool(1) as pool:
+                    print(*pool.map(dtype, [None]))
+                loader = torch.utils.data.DataLoader(
+                    Dataset(), num_workers=1, multiprocessing_context={method!r}
+                )
+                print(*{{name for batch in loader for name in batch}})
+            """
+        )
+    )
+    environment = ROUTES["sitecustomize"] if not HAS_AUTOLOAD else {}
+    result = run_python(str(script), LPLN_PRECISION="amp", **environment)
+    assert result.stdout.split() == ["torch.bfloat16"] * 2
+
+
+DDP = """
+import json, os, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 1))
+model = torch.nn.Sequential(torch.nn.LayerNorm(8), model)
+seen = []
+for module in model.modules():
+    if isinstance(module, torch.nn.LayerNorm):
+        module.register_forward_hook(lambda m, a, out: seen.append(str(out.dtype)))
+model = DistributedDataParallel(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+torch.manual_seed(dist.get_rank())
+for _ in range(3):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(torch.randn(16, 8)).float().square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+total = sum(p.double().sum().item() for p in model.parameters())
+with open(os.path.join(os.environ["RESULTS"], str(dist.get_rank())), "w") as file:
+    json.dump([sorted(set(seen)), total], file)
+dist.destroy_process_group()
+"""
+
+
+def test_torchrun_with_ddp(tmp_path):
+    """Two ranks under torchrun are both lowered, and agree after training."""
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    environment = ROUTES["sitecustomize"] if not HAS_AUTOLOAD else {}
+    run_python(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)),
+        LPLN_PRECISION="amp",
+        RESULTS=str(tmp_path),
+        OMP_NUM_THREADS="1",
+        **environment,
+    )
+    first, second = (json.loads((tmp_path / rank).read_text()) for rank in ("0", "1"))
+    assert first == second
+    assert first[0] == ["torch.bfloat16"]
+
+
+def test_python_finds_the_installed_package():
+    """What runs here is what a user installs: the distribution that the entry points are of."""
+    code = "import lpln_autopatch; print(lpln_autopatch.__file__)"
+    assert run_python("-c", code, cwd="/").stdout.strip() == sys.modules["lpln_autopatch"].__file__
