@@ -31,10 +31,10 @@ def on_torch_import(torch: object = None) -> None:
 
     import threading
 
-    from lpln_autopatch.activation import set_base
+    from lpln_autopatch.activation import enable_from
 
     try:
-        set_base(value, "auto", "environment", _VARIABLE)
+        enable_from(value, "auto", "environment", _VARIABLE)
     except ValueError as error:
         message = f"{error} Unset it, or set it to 'off', to leave LayerNorm as PyTorch has it."
         if threading.current_thread() is threading.main_thread():

@@ -11,7 +11,7 @@ from typing import Any
 import torch.utils.checkpoint
 import wrapt
 
-from lpln_autopatch import activation
+from lpln_autopatch import state
 from lpln_autopatch.forward import lowering_forward
 from lpln_autopatch.torch_compat import (
     CHECKPOINT_ENTRIES,
@@ -85,7 +85,7 @@ def _captures_function(position: int) -> Callable[[Any], Any]:
     """A wrapper that binds the function at `position`, run again in backward, to now."""
 
     def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        function = activation.Carried(args[position], activation.current())
+        function = state.Carried(args[position], state.current())
         return wrapped(*args[:position], function, *args[position + 1 :], **kwargs)
 
     return lambda original: wrapt.FunctionWrapper(original, wrapper)
@@ -97,8 +97,8 @@ def _recomputes_function(attribute: str) -> Callable[[Any], Any]:
     def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         holder = args[0] if instance is None else instance
         function = getattr(holder, attribute)
-        if not isinstance(function, activation.Carried):
-            setattr(holder, attribute, activation.Carried(function, None))
+        if not isinstance(function, state.Carried):
+            setattr(holder, attribute, state.Carried(function, None))
         return wrapped(*args, **kwargs)
 
     return lambda original: wrapt.FunctionWrapper(original, wrapper)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lpln_autopatch
-from lpln_autopatch import activation, forward
+from lpln_autopatch import forward, state
 
 ORIGINAL_FORWARD = vars(torch.nn.LayerNorm)["forward"]
 
@@ -16,8 +16,8 @@ def _leave_layernorm_as_it_was() -> Iterator[None]:
     """A test that leaves LayerNorm.forward changed fails, and cannot spoil the next one."""
     forward._warned.clear()
     yield
-    open_blocks = list(activation._blocks.values())
-    activation._blocks.clear()
+    open_blocks = list(state._blocks.values())
+    state._blocks.clear()
     lpln_autopatch.disable()
     left = vars(torch.nn.LayerNorm)["forward"]
     torch.nn.LayerNorm.forward = ORIGINAL_FORWARD

@@ -40,10 +40,13 @@ def run_python(
     *arguments: str,
     check: bool = True,
     timeout: float = 300,
-    cwd: object = None,
+    cwd: object = ROOT / "tests",
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python in a process of its own, with LPLN_* set only as `environment` says."""
+    """Run Python in a process of its own, with LPLN_* set only as `environment` says.
+
+    Not in the folder of the checkout, which `python -c` would import the package from.
+    """
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("LPLN_", "AUTOWRAPT"))}
     result = subprocess.run(
         [sys.executable, *arguments],

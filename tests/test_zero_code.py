@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import textwrap
 
 import pytest
@@ -289,6 +288,9 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.skipif(
+    TORCH_VERSION < (2, 0), reason="torchrun of torch 1.13 does not run on Python 3.11"
+)
 def test_torchrun_with_ddp(tmp_path):
     """Two ranks under torchrun are both lowered, and agree after training."""
     script = tmp_path / "ddp.py"
@@ -304,9 +306,3 @@ def test_torchrun_with_ddp(tmp_path):
     first, second = (json.loads((tmp_path / rank).read_text()) for rank in ("0", "1"))
     assert first == second
     assert first[0] == ["torch.bfloat16"]
-
-
-def test_python_finds_the_installed_package():
-    """What runs here is what a user installs: the distribution that the entry points are of."""
-    code = "import lpln_autopatch; print(lpln_autopatch.__file__)"
-    assert run_python("-c", code, cwd="/").stdout.strip() == sys.modules["lpln_autopatch"].__file__

@@ -1,0 +1,38 @@
+# make demo, make test and make lint need Python 3.10 or later and nothing else.
+#   TORCH=torch==2.13.0 make test     with that torch, in a virtual environment of its own
+PYTHON ?= python3
+TORCH ?= torch
+VENV := .venv-$(subst =,,$(firstword $(TORCH)))
+INSTALLED := $(VENV)/installed
+EXAMPLE := docs/examples/train.py
+
+.PHONY: demo test lint clean
+
+# The same training script twice, without and with LPLN_PRECISION, and both results side by side.
+demo: $(INSTALLED)
+	$(VENV)/bin/python $(EXAMPLE) > $(VENV)/stock.tsv
+	LPLN_PRECISION=amp $(VENV)/bin/python $(EXAMPLE) > $(VENV)/lowered.tsv
+	@printf '\nfigure\tstock\t\tLPLN_PRECISION=amp\n' > $(VENV)/demo.tsv
+	@paste $(VENV)/stock.tsv $(VENV)/lowered.tsv >> $(VENV)/demo.tsv
+	@awk -F '\t' '{ printf "%-38s %-18s %s\n", $$1, $$2, $$4 }' $(VENV)/demo.tsv
+
+# pytest's own command does not put the checkout on sys.path: what is tested is the wheel.
+test: $(INSTALLED)
+	$(VENV)/bin/pytest
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf .venv-* build dist
+
+$(INSTALLED): pyproject.toml $(shell find lpln_autopatch -name '*.py')
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	rm -rf $(VENV)/wheel
+	$(VENV)/bin/pip install --quiet $(TORCH)
+	$(VENV)/bin/pip wheel --quiet --no-deps --wheel-dir $(VENV)/wheel .
+	$(VENV)/bin/pip install --quiet "$$(echo $(VENV)/wheel/*.whl)[dev]" $(TORCH)
+	$(VENV)/bin/pip install --quiet --force-reinstall --no-deps $(VENV)/wheel/*.whl
+	touch $@

@@ -1,0 +1,158 @@
+"""Who asked for what, in which order, and which request is in force: the state of the process.
+
+torch is imported by what needs it, not by this module: with LPLN_PRECISION set, importing torch
+comes back here, and must find a module that is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from lpln_autopatch.precision import Precision
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What somebody asked for.
+
+    Attributes:
+        precision: When LayerNorm is lowered.
+        backend: What normalises, as it was chosen: never "auto".
+        source: "environment", "enable" or "block".
+    """
+
+    precision: Precision
+    backend: str
+    source: str
+
+    @classmethod
+    def parse(cls, precision: object, backend: str, source: str, argument: str) -> Request:
+        """The request that these names make; `argument` is where `precision` came from.
+
+        Raises:
+            ValueError: precision or backend is not a valid name.
+        """
+        # Before our own modules that import it: if this is its first import and LPLN_PRECISION
+        # is set, it comes back to us, and must not find one of them half imported.
+        import torch  # noqa: F401
+
+        from lpln_autopatch import backends
+
+        return cls(Precision.parse(precision, argument), backends.resolve(backend)[0], source)
+
+
+# Process-wide, not thread-local: autograd recomputes checkpoints in threads of its own.
+_base: Request | None = None
+# In the order of entry. None is a recomputation whose forward ran with nothing in force.
+_blocks: dict[object, Request | None] = {}
+# Whether the wrapper stays, inert, once nothing is in force: from the first request until the
+# base is cleared. Entering and leaving blocks in a loop must not patch, and compile, every time.
+_keep_wrapper = False
+_lock = threading.RLock()
+# A child forked while another thread holds the lock would wait for that thread forever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
+
+
+def current() -> Request | None:
+    """The request in force: the innermost open block's, or else the base."""
+    with _lock:
+        return next(reversed(_blocks.values())) if _blocks else _base
+
+
+def set_base(request: Request) -> None:
+    """Put `request` in force wherever no block is open, in place of the last one."""
+    global _base, _keep_wrapper
+    with _lock:
+        _prepare(request)
+        _base, _keep_wrapper = request, True
+        _apply()
+
+
+def clear_base() -> None:
+    """Leave nothing in force but the open blocks, and no wrapper after the last of them."""
+    global _base, _keep_wrapper
+    with _lock:
+        _base, _keep_wrapper = None, False
+        _apply()
+
+
+def enter(request: Request | None, keep_wrapper: bool) -> object:
+    """Open a block: `request` is in force until it is left or another one is entered.
+
+    Args:
+        request: What is in force inside; None for nothing.
+        keep_wrapper: Whether the wrapper may stay after this block, inert.
+
+    Returns:
+        The token that `leave` takes.
+    """
+    global _keep_wrapper
+    token = object()
+    with _lock:
+        _prepare(request)
+        # Not in an open block: if the base was cleared there, the wrapper goes with the last one.
+        if not _blocks:
+            _keep_wrapper = _keep_wrapper or keep_wrapper
+        _blocks[token] = request
+        _apply()
+    return token
+
+
+def leave(token: object) -> None:
+    """Close the block that `enter` gave `token` for, in whatever order."""
+    with _lock:
+        del _blocks[token]
+        _apply()
+
+
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """A function that runs under the request that was in force elsewhere, or under none.
+
+    For a checkpoint's recomputation, which must repeat its forward, and may happen outside the
+    block that the forward ran in, or after the base was cleared.
+    """
+
+    function: Callable[..., Any]
+    request: Request | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if current() == self.request:
+            return self.function(*args, **kwargs)
+        token = enter(self.request, keep_wrapper=False)
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            leave(token)
+
+
+def _prepare(request: Request | None) -> None:
+    """Do what can fail before anything is recorded: a refused request changes nothing."""
+    if request is not None and request.precision.ever_engages:
+        from lpln_autopatch import patch
+
+        patch.install()
+
+
+def _apply() -> None:
+    """Make the hot path and the patch follow what is recorded. Called with the lock held."""
+    import torch
+
+    from lpln_autopatch import backends, forward, patch
+
+    request = current()
+    if request is None or not request.precision.ever_engages:
+        forward.active = None
+    else:
+        dtypes = tuple(d for d in (torch.float16, torch.bfloat16) if request.precision.engages(d))
+        _, backend = backends.resolve(request.backend)
+        forward.active = forward.Lowering(str(request.precision), dtypes, backend)
+    if _base is None and not _blocks and not _keep_wrapper:
+        patch.remove()
