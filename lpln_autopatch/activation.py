@@ -116,6 +116,7 @@ def exempt(module: _M, exempt: bool = True) -> _M:
     import torch
 
     from lpln_autopatch.forward import EXEMPT
+    from lpln_autopatch.torch_compat import drop_code_that_cannot_follow
 
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"exempt() takes a torch.nn.Module, not {module!r}.")
@@ -124,6 +125,7 @@ def exempt(module: _M, exempt: bool = True) -> _M:
             setattr(submodule, EXEMPT, True)
         elif EXEMPT in vars(submodule):
             delattr(submodule, EXEMPT)
+    drop_code_that_cannot_follow()
     return module
 
 

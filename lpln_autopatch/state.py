@@ -145,14 +145,15 @@ def _apply() -> None:
     """Make the hot path and the patch follow what is recorded. Called with the lock held."""
     import torch
 
-    from lpln_autopatch import backends, forward, patch
+    from lpln_autopatch import backends, forward, patch, torch_compat
 
-    request = current()
-    if request is None or not request.precision.ever_engages:
-        forward.active = None
-    else:
+    request, active = current(), None
+    if request is not None and request.precision.ever_engages:
         dtypes = tuple(d for d in (torch.float16, torch.bfloat16) if request.precision.engages(d))
         _, backend = backends.resolve(request.backend)
-        forward.active = forward.Lowering(str(request.precision), dtypes, backend)
+        active = forward.Lowering(str(request.precision), dtypes, backend)
+    if active != forward.active:
+        forward.active = active
+        torch_compat.drop_code_that_cannot_follow()
     if _base is None and not _blocks and not _keep_wrapper:
         patch.remove()

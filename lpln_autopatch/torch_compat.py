@@ -93,6 +93,15 @@ def drop_compiled_code() -> None:
         torch._dynamo.reset()
 
 
+def drop_code_that_cannot_follow() -> None:
+    """Drop compiled code where it does not guard on what `LayerNorm.forward` reads.
+
+    until torch 2.5: Dynamo puts a call of torch's own modules into the graph without tracing it.
+    """
+    if TORCH_VERSION < (2, 5):
+        drop_compiled_code()
+
+
 # Of `torch.utils.checkpoint`: the lowest points that every route to a recomputation passes,
 # and which positional argument of each is the function that will run again in backward.
 # until torch 2.1: non-reentrant checkpointing keeps no frame; its function is wrapped.

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 needs_dynamo = pytest.mark.skipif(
     TORCH_VERSION < (2, 5),
-    reason="Dynamo inlines LayerNorm.forward since torch 2.5; CI runs this on later versions",
+    reason="before torch 2.5 Dynamo does not trace LayerNorm.forward; CI runs this on later ones",
 )
 AUTOCAST_DTYPES = [torch.bfloat16, torch.float16]
 if TORCH_VERSION < (2, 4):

@@ -266,3 +266,22 @@ def test_second_process_hits_the_aot_autograd_cache(tmp_path):
     assert counters[0].get("autograd_cache_miss") == 1
     assert counters[1].get("autograd_cache_hit") == 1
     assert "autograd_cache_bypass" not in counters[0]
+
+
+def test_code_that_cannot_follow_is_dropped(model, compile_and_count, monkeypatch):
+    """Before torch 2.5, where compiled code has no guard, each change compiles anew."""
+    from lpln_autopatch import torch_compat
+
+    monkeypatch.setattr(torch_compat, "TORCH_VERSION", (2, 4))
+    compile_, counter = compile_and_count
+    compiled = compile_(model)
+    for _ in range(2):
+        with low_precision_layernorm():
+            assert output_dtype(compiled) is BF16
+            with low_precision_layernorm():
+                assert output_dtype(compiled) is BF16
+    assert counter.frame_count == 2
+    lpln.exempt(model)
+    with low_precision_layernorm():
+        assert output_dtype(compiled) is FP32
+    assert counter.frame_count == 3

@@ -89,7 +89,8 @@ def test_wrong_value_stops_the_process(program, environment):
     assert result.stderr.count("LPLN_PRECISION='bf61' is not a precision. Valid: amp, ") == 1
     assert "Unset it" in result.stderr
     assert "Traceback" not in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    # (Without NumPy, torch has put a warning of its own in front.)
+    assert result.stderr.splitlines()[-1].startswith("lpln_autopatch: LPLN_PRECISION='bf61'")
 
 
 @needs_autoload
