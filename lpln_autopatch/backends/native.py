@@ -56,11 +56,26 @@ def normalise(
         if x.dtype is torch.float32 or (x.dtype is dtype and _cpu_kernel_takes_low_precision()):
             return F.layer_norm(x, normalized_shape, weight, bias, eps).to(dtype=dtype)
     elif x.dtype is dtype or x.dtype is torch.float32:
-        with autocast_disabled():
-            return F.layer_norm(
-                x.to(dtype=dtype), normalized_shape, _cast(weight, dtype), _cast(bias, dtype), eps
-            )
+        return normalise_in_low_precision(x, normalized_shape, weight, bias, eps, dtype)
     return normalise_in_float32(x, normalized_shape, weight, bias, eps, dtype)
+
+
+def normalise_in_low_precision(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Round x, weight and bias to `dtype`, then normalise: Composer's recipe.
+
+    Outside of autocast, which would force float32. Arguments and result are those of `normalise`.
+    """
+    with autocast_disabled():
+        return F.layer_norm(
+            x.to(dtype=dtype), normalized_shape, _cast(weight, dtype), _cast(bias, dtype), eps
+        )
 
 
 def normalise_in_float32(

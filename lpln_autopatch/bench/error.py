@@ -48,7 +48,9 @@ def compare(x: torch.Tensor, dtype: torch.dtype) -> None:
         }
         with low_precision_layernorm():
             rows["lowered"] = results(stock, x, upstream)
-    print(f"\n{tuple(x.shape)}, {x.dtype} input of mean {x.mean():.0f}, autocast to {dtype}")
+    print(
+        f"\n{tuple(x.shape)}, {x.dtype} input of mean {round(x.mean().item())}, autocast to {dtype}"
+    )
     print(f"  {'':18}" + "".join(f"{column:>14}" for column in COLUMNS))
     for name, values in rows.items():
         errors = [((v - e).norm() / e.norm()).item() for v, e in zip(values, exact, strict=True)]
