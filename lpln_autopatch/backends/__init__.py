@@ -27,6 +27,10 @@ class Backend(Protocol):
     Returns:
         Tensor of the shape of `x`, in `dtype`. Statistics are computed in float32; x, weight
         and bias may be rounded to `dtype` first.
+
+    Raises:
+        RuntimeError: trailing dimensions of `x` differ from normalized_shape (PyTorch's own
+            message).
     """
 
     def __call__(

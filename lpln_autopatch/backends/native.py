@@ -34,20 +34,7 @@ def normalise(
     On an accelerator x and the parameters are rounded first, as Composer does: the kernels
     there read all three in one dtype, and move fewer bytes in this one.
 
-    Args:
-        x: Input, shape (..., *normalized_shape), any floating dtype but float64.
-        normalized_shape: The trailing dimensions over which to normalise.
-        weight: Scale, shape normalized_shape, any floating dtype, or None.
-        bias: Shift, shape normalized_shape, any floating dtype, or None.
-        eps: Added to the variance.
-        dtype: The autocast dtype of x's device, float16 or bfloat16.
-
-    Returns:
-        Tensor of the shape of `x`, in `dtype`. Statistics are computed in float32.
-
-    Raises:
-        RuntimeError: trailing dimensions of `x` differ from normalized_shape (PyTorch's own
-            message).
+    Arguments and result are those of `lpln_autopatch.backends.Backend`.
 
     Source:
         MosaicML Composer, Low Precision LayerNorm; differs in: on CPU nothing is rounded first.
