@@ -1,4 +1,5 @@
-# make demo, make test and make lint need Python 3.10 or later and nothing else.
+# make demo, make test and make lint need Python 3.10 or later and nothing else: they create a
+# virtual environment and install torch and the tools for development in it.
 #   TORCH=torch==2.13.0 make test     with that torch, in a virtual environment of its own
 PYTHON ?= python3
 TORCH ?= torch

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import os
 import platform
 import threading
 import warnings
@@ -66,12 +67,17 @@ class low_precision_layernorm(contextlib.ContextDecorator):
     Raises:
         ValueError: precision or backend is not a valid name.
         TypeError: what it decorates is a generator or coroutine function: its body would run
-            after the block had closed.
+            after the block had closed. Or it is used as a decorator without parentheses.
     """
 
     def __init__(
         self, precision: str | Precision | torch.dtype = "amp", backend: str = "auto"
     ) -> None:
+        if inspect.isroutine(precision):
+            raise TypeError(
+                f"low_precision_layernorm got {precision!r} as its precision. "
+                "As a decorator it needs parentheses: @low_precision_layernorm()."
+            )
         self._request = Request.parse(precision, backend, "block", "precision")
         # By thread: threads that share one instance must each leave what they entered.
         self._tokens: dict[int, list[object]] = {}
@@ -138,6 +144,8 @@ class Status:
         backend: What normalises, or None.
         source: "environment", "enable" or "block", or None.
         installed: Whether our wrapper is on `torch.nn.LayerNorm.forward`, active or inert.
+        environment: LPLN_PRECISION as it is set now, or None. With a precision here and none in
+            force, no route has read it: see docs/activation.md.
         versions: Of lpln_autopatch, torch, wrapt and python.
     """
 
@@ -145,11 +153,12 @@ class Status:
     backend: str | None
     source: str | None
     installed: bool
+    environment: str | None
     versions: dict[str, str]
 
     def __str__(self) -> str:
         rows = {**vars(self), "versions": ", ".join(f"{k} {v}" for k, v in self.versions.items())}
-        return "\n".join(f"{name:10} {value}" for name, value in rows.items())
+        return "\n".join(f"{name:12} {value}" for name, value in rows.items())
 
 
 def status() -> Status:
@@ -165,6 +174,7 @@ def status() -> Status:
         backend=request.backend if request else None,
         source=request.source if request else None,
         installed=patch.is_installed(),
+        environment=os.environ.get("LPLN_PRECISION"),
         versions={
             "lpln_autopatch": __version__,
             "torch": str(torch.__version__),

@@ -115,6 +115,22 @@ def test_block_refuses_to_decorate_what_runs_later():
             low_precision_layernorm()(function)
 
 
+def test_decorator_without_parentheses_is_explained():
+    """@low_precision_layernorm, without (), says what is missing."""
+    with pytest.raises(TypeError, match="needs parentheses"):
+
+        @low_precision_layernorm
+        def function():
+            pass
+
+
+def test_status_shows_a_variable_that_nobody_read(monkeypatch):
+    """LPLN_PRECISION that is set while nothing is in force is visible in status()."""
+    monkeypatch.setenv("LPLN_PRECISION", "amp")
+    assert lpln.status().environment == "amp"
+    assert lpln.status().precision is None
+
+
 def test_disable_inside_a_block_keeps_the_block(layer_norm):
     """disable() in a block clears the base; the wrapper goes with the last block."""
     lpln.enable("amp")

@@ -53,6 +53,16 @@ def test_patched_process_is_refused(name):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("name", ["call", "error"])
+def test_unusable_device_is_refused(name):
+    """A device that this torch does not know, or have: one line, exit 1."""
+    module = f"lpln_autopatch.bench.{name}"
+    result = run_python("-m", module, "--device", "toaster", check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("--device toaster cannot be used here: ")
+    assert "Traceback" not in result.stderr
+
+
 def test_wrong_contender_is_not_timed(monkeypatch):
     """A contender whose values are wrong raises before it is timed."""
 

@@ -3,11 +3,13 @@
     python train.py --steps 100
     python train.py --device cuda --dtype float16 --compile
 
-Plain PyTorch: mixed precision by torch.autocast, and nothing that knows how LayerNorm runs. The
-progress goes to stderr; at the end a summary, a tab-separated line for each figure, to stdout.
+Plain PyTorch: mixed precision by torch.autocast, and nothing that knows how LayerNorm runs. Needs
+torch and tqdm. The progress goes to stderr; at the end a summary, a tab-separated line for each
+figure, to stdout.
 """
 
 import argparse
+import statistics
 import sysconfig
 import time
 from pathlib import Path
@@ -148,29 +150,28 @@ def main():
         with torch.autocast(args.device, dtype=getattr(torch, args.dtype)):
             return run_model(tokens, targets)
 
-    losses = []
+    losses, seconds = [], []
     progress = tqdm(range(args.steps), unit="step")
     for step in progress:
-        if step == WARMUP_STEPS:
-            synchronize(args.device)
-            start = time.perf_counter()
+        start = time.perf_counter()
         loss = loss_of_one_batch()
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         losses.append(loss.detach())
+        synchronize(args.device)
+        seconds.append(time.perf_counter() - start)
         if step % 10 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
-    synchronize(args.device)
-    seconds = time.perf_counter() - start
 
-    tokens = (args.steps - WARMUP_STEPS) * args.batch_size * args.context
+    # The median step: a busy machine slows some down.
+    step_seconds = statistics.median(seconds[WARMUP_STEPS:])
     last = torch.stack(losses[-max(1, args.steps // 10) :])
     summary = {
         "LayerNorm output dtypes": ", ".join(sorted(map(str, layernorm_dtypes))),
         "final loss (mean of the last tenth)": f"{last.mean().item():.4f}",
-        "tokens per second": f"{tokens / seconds:,.0f}",
+        "tokens per second": f"{args.batch_size * args.context / step_seconds:,.0f}",
     }
     if args.device == "cuda":
         summary["peak CUDA memory, MiB"] = f"{torch.cuda.max_memory_allocated() / 2**20:,.1f}"

@@ -15,14 +15,13 @@ import itertools
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
 import torch
 
-from lpln_autopatch import disable, low_precision_layernorm, status
-from lpln_autopatch.bench.rivals import ComposerRecipe
+from lpln_autopatch import disable, low_precision_layernorm
+from lpln_autopatch.bench.rivals import ComposerRecipe, refuse_to_run
 
 SMALL, LARGE = (8, 64), (4096, 1024)
 PAIRS = (("inert", "stock"), ("lowered", "stock"), ("lowered", "Composer's recipe"))
@@ -147,8 +146,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=60, help="rounds of timing (default 60)")
     args = parser.parse_args()
-    if status().installed:
-        sys.exit("LPLN_PRECISION is set: unset it, the benchmark turns low precision on itself.")
+    refuse_to_run(args.device)
     torch.set_num_threads(1)
     _keep_freed_memory()
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {args.device}", end=", ")

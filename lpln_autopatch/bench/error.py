@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 
 import torch
 
-from lpln_autopatch import disable, low_precision_layernorm, status
-from lpln_autopatch.bench.rivals import ComposerRecipe
+from lpln_autopatch import disable, low_precision_layernorm
+from lpln_autopatch.bench.rivals import ComposerRecipe, refuse_to_run
 
 COLUMNS = ("output", "grad x", "grad weight", "grad bias")
 
@@ -66,8 +65,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--features", type=int, default=1024)
     args = parser.parse_args()
-    if status().installed:
-        sys.exit("LPLN_PRECISION is set: unset it, the benchmark turns low precision on itself.")
+    refuse_to_run(args.device)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {args.device}")
     for dtype in (torch.bfloat16, torch.float16):

@@ -1,10 +1,13 @@
-"""What lowered LayerNorm is measured against."""
+"""What lowered LayerNorm is measured against, and what has to hold before it is."""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 import torch.nn.functional as F
 
+from lpln_autopatch import status
 from lpln_autopatch.torch_compat import autocast_dtype
 
 
@@ -28,3 +31,13 @@ class ComposerRecipe(torch.nn.LayerNorm):
 
 def _cast(parameter: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor | None:
     return parameter if parameter is None or dtype is None else parameter.to(dtype=dtype)
+
+
+def refuse_to_run(device: str) -> None:
+    """Exit with one line if `device` cannot be used, or LayerNorm is patched already."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"--device {device} cannot be used here: {str(error).splitlines()[0]}")
+    if status().installed:
+        sys.exit("LPLN_PRECISION is set: unset it, the benchmark turns low precision on itself.")
