@@ -20,9 +20,10 @@ def on_torch_import(torch: object = None) -> None:
         torch: The module, as post-import hooks pass it. Not used.
 
     Raises:
-        SystemExit: LPLN_PRECISION is not valid. Not a ValueError, which torch would bury in
-            advice of its own, and which an `except Exception` around an import would hide.
-        ValueError: The same in a thread, where Python ignores SystemExit without a word.
+        SystemExit: LPLN_PRECISION or LPLN_BACKEND is not valid, or something that is needed does
+            not import. Not the error itself, which torch would bury in advice of its own, and
+            which an `except Exception` around an import would hide.
+        ValueError, ImportError: The same in a thread, where Python ignores SystemExit.
     """
     global _done
     value = os.environ.get(_VARIABLE, "")
@@ -35,9 +36,9 @@ def on_torch_import(torch: object = None) -> None:
 
     try:
         enable_from(value, "auto", "environment", _VARIABLE)
-    except ValueError as error:
-        message = f"{error} Unset it, or set it to 'off', to leave LayerNorm as PyTorch has it."
+    except (ValueError, ImportError) as error:
+        message = f"{error} Unset {_VARIABLE} to leave LayerNorm as PyTorch has it."
         if threading.current_thread() is threading.main_thread():
             raise SystemExit(f"lpln_autopatch: {message}") from None
-        raise ValueError(message) from None
+        raise type(error)(message) from None
     _done = True

@@ -10,9 +10,12 @@ import dataclasses
 import os
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lpln_autopatch.precision import Precision
+
+if TYPE_CHECKING:
+    from lpln_autopatch.backends import Backend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +24,14 @@ class Request:
 
     Attributes:
         precision: When LayerNorm is lowered.
-        backend: What normalises, as it was chosen: never "auto".
+        backend: The name of what normalises, as it was chosen: never "auto".
+        normalise: What normalises.
         source: "environment", "enable" or "block".
     """
 
     precision: Precision
     backend: str
+    normalise: Backend
     source: str
 
     @classmethod
@@ -35,6 +40,7 @@ class Request:
 
         Raises:
             ValueError: precision or backend is not a valid name.
+            ImportError: the backend cannot be used here.
         """
         # Before our own modules that import it: if this is its first import and LPLN_PRECISION
         # is set, it comes back to us, and must not find one of them half imported.
@@ -42,7 +48,8 @@ class Request:
 
         from lpln_autopatch import backends
 
-        return cls(Precision.parse(precision, argument), backends.resolve(backend)[0], source)
+        parsed = Precision.parse(precision, argument)
+        return cls(parsed, *backends.resolve(backend, parsed), source)
 
 
 # Process-wide, not thread-local: autograd recomputes checkpoints in threads of its own.
@@ -145,13 +152,12 @@ def _apply() -> None:
     """Make the hot path and the patch follow what is recorded. Called with the lock held."""
     import torch
 
-    from lpln_autopatch import backends, forward, patch, torch_compat
+    from lpln_autopatch import forward, patch, torch_compat
 
     request, active = current(), None
     if request is not None and request.precision.ever_engages:
         dtypes = tuple(d for d in (torch.float16, torch.bfloat16) if request.precision.engages(d))
-        _, backend = backends.resolve(request.backend)
-        active = forward.Lowering(str(request.precision), dtypes, backend)
+        active = forward.Lowering(str(request.precision), dtypes, request.normalise)
     if active != forward.active:
         forward.active = active
         torch_compat.drop_code_that_cannot_follow()

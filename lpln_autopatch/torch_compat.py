@@ -65,6 +65,10 @@ def forward_mode_is_on() -> bool:
 CPU_NORMALISES_LOW_PRECISION = TORCH_VERSION >= (2, 2)
 
 
+# until torch 1.13: LayerNorm on CUDA has no bfloat16 kernel.
+CUDA_NORMALISES_BFLOAT16 = TORCH_VERSION >= (1, 13)
+
+
 if TORCH_VERSION >= (2, 1):
     is_dynamo_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
 else:  # until torch 2.1: Dynamo had no public flag, and inlined no module of torch's own

@@ -87,7 +87,7 @@ def test_wrong_value_stops_the_process(program, environment):
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr.count("LPLN_PRECISION='bf61' is not a precision. Valid: amp, ") == 1
-    assert "Unset it" in result.stderr
+    assert "Unset LPLN_PRECISION" in result.stderr
     assert "Traceback" not in result.stderr
     # (Without NumPy, torch has put a warning of its own in front.)
     assert result.stderr.splitlines()[-1].startswith("lpln_autopatch: LPLN_PRECISION='bf61'")
@@ -180,7 +180,7 @@ def test_unset_imports_nothing():
 def test_unset_test_can_fail():
     """The test above looks at the right names: with the variable set they are imported."""
     result = run_python("-c", IMPORTED, LPLN_PRECISION="amp")
-    assert result.stdout.split() == ["True", "True", "False"]
+    assert result.stdout.split() == ["True"] * 3
 
 
 def test_unset_costs_less_than_a_millisecond():

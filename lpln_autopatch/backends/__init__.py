@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+from importlib_metadata import entry_points
 
-from lpln_autopatch.backends import native
+from lpln_autopatch import torch_compat
+from lpln_autopatch.backends import apex, native
+from lpln_autopatch.precision import Precision
 
 
 class Backend(Protocol):
@@ -44,18 +49,62 @@ class Backend(Protocol):
     ) -> torch.Tensor: ...
 
 
-_BACKENDS: dict[str, Backend] = {"native": native.normalise}
+GROUP = "lpln_autopatch.backends"
+"""The entry point group of backends that other distributions bring. Each names a `Backend`."""
+
+_BUILT_IN: dict[str, Callable[[], Backend]] = {
+    "native": lambda: native.normalise,
+    "apex": apex.load,
+}
 
 
-def resolve(name: str) -> tuple[str, Backend]:
-    """The backend that `name` chooses: its own name, and the function.
+def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
+    """The backend that `name` chooses for `precision`: its own name, and what normalises.
+
+    Args:
+        name: "auto", "native", "apex", or the name of an entry point in the group
+            `lpln_autopatch.backends`. "auto" is what LPLN_BACKEND says, or else the rule of
+            `automatic`.
+        precision: What is asked for.
 
     Raises:
         ValueError: there is no backend of that name.
+        ImportError: there is, and it cannot be used here: why, and what to do.
     """
-    chosen = "native" if name == "auto" else name
-    if chosen not in _BACKENDS:
-        raise ValueError(
-            f"backend={name!r} is not a backend. Valid: {', '.join(['auto', *_BACKENDS])}."
+    argument = "backend"
+    if name == "auto":
+        name, argument = os.environ.get("LPLN_BACKEND") or "auto", "LPLN_BACKEND"
+    if name == "auto":
+        name = automatic(precision)
+    if name in _BUILT_IN:
+        return name, _BUILT_IN[name]()
+    for entry_point in entry_points(group=GROUP, name=name):
+        try:
+            return name, entry_point.load()
+        except Exception as error:
+            raise ImportError(
+                f"{argument}={name!r}: the backend {entry_point.value} does not load: {error!r}. "
+                "Repair or uninstall it, or name another one."
+            ) from error
+    valid = ["auto", *_BUILT_IN, *(entry_point.name for entry_point in entry_points(group=GROUP))]
+    raise ValueError(f"{argument}={name!r} is not a backend. Valid: {', '.join(valid)}.")
+
+
+def automatic(precision: Precision) -> str:
+    """The backend that "auto" stands for: native, the one that works on every device.
+
+    Except where PyTorch has no bfloat16 LayerNorm on CUDA, before 1.13: apex, as in Composer.
+    """
+    if torch_compat.CUDA_NORMALISES_BFLOAT16 or not precision.engages(torch.bfloat16):
+        return "native"
+    try:
+        apex.load()
+    except ImportError as error:
+        warnings.warn(
+            f"torch {torch.__version__} has no fast bfloat16 LayerNorm on CUDA, and apex cannot "
+            f"take its place: {error} Until then it is computed in float32: slower, not wrong.",
+            RuntimeWarning,
+            stacklevel=2,
         )
-    return chosen, _BACKENDS[chosen]
+        return "native"
+    return "apex"

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from lpln_autopatch.torch_compat import (
     CPU_NORMALISES_LOW_PRECISION,
+    CUDA_NORMALISES_BFLOAT16,
     autocast_disabled,
     forward_mode_is_on,
 )
@@ -42,7 +43,9 @@ def normalise(
     if x.is_cpu:
         if x.dtype is torch.float32 or (x.dtype is dtype and _cpu_kernel_takes_low_precision()):
             return F.layer_norm(x, normalized_shape, weight, bias, eps).to(dtype=dtype)
-    elif x.dtype is dtype or x.dtype is torch.float32:
+    elif (x.dtype is dtype or x.dtype is torch.float32) and (
+        CUDA_NORMALISES_BFLOAT16 or dtype is torch.float16
+    ):
         return normalise_in_low_precision(x, normalized_shape, weight, bias, eps, dtype)
     return normalise_in_float32(x, normalized_shape, weight, bias, eps, dtype)
 

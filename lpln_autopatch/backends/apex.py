@@ -1,0 +1,94 @@
+"""NVIDIA apex's fused LayerNorm."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+from lpln_autopatch.backends import native
+from lpln_autopatch.torch_compat import autocast_disabled, forward_mode_is_on
+
+if TYPE_CHECKING:
+    from lpln_autopatch.backends import Backend
+
+_BUILD = (
+    "Build it from source: git clone https://github.com/NVIDIA/apex, and in that folder "
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ."
+)
+
+
+def load() -> Backend:
+    """`normalise`, if NVIDIA apex is here with its CUDA extension.
+
+    Raises:
+        ImportError: apex is not installed, or the project of that name from the package index
+            is, or NVIDIA's without its CUDA extension. What to do in each case.
+    """
+    apex = find_spec("apex")
+    if apex is None:
+        raise ImportError(f"backend 'apex': NVIDIA apex is not installed. {_BUILD}")
+    # Not by importing it: the other project needs packages of its own.
+    if PathFinder.find_spec("apex.normalization", apex.submodule_search_locations) is None:
+        raise ImportError(
+            f"backend 'apex': {apex.origin} is not NVIDIA's. The package index has an unrelated "
+            f"project of the same name: pip uninstall apex. {_BUILD}"
+        )
+    if find_spec("fused_layer_norm_cuda") is None:
+        raise ImportError(
+            "backend 'apex': NVIDIA apex is installed without its CUDA extension "
+            f"(fused_layer_norm_cuda). {_BUILD}"
+        )
+    return normalise
+
+
+def normalise(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Normalise `x` with apex's kernel where that can, natively elsewhere.
+
+    Arguments and result are those of `lpln_autopatch.backends.Backend`; x, weight and bias are
+    rounded to `dtype` first.
+
+    Source:
+        NVIDIA apex, `fused_layer_norm_affine` and `fused_layer_norm`.
+    """
+    if not _takes(x, weight, bias, dtype):
+        return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
+    # Here, not at the top: torch and CUDA must be up before its extension loads.
+    fused = importlib.import_module("apex.normalization.fused_layer_norm")
+    shape = tuple(normalized_shape)
+    y: torch.Tensor
+    # apex casts by itself, but only to what CUDA autocast says and only if it is on.
+    with autocast_disabled():
+        if weight is None or bias is None:
+            y = fused.fused_layer_norm(x.to(dtype=dtype), shape, eps)
+        else:
+            y = fused.fused_layer_norm_affine(
+                x.to(dtype=dtype), weight.to(dtype=dtype), bias.to(dtype=dtype), shape, eps
+            )
+    return y
+
+
+def _takes(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype
+) -> bool:
+    return (
+        x.is_cuda
+        # The others are rounded twice by a kernel of one dtype.
+        and x.dtype in (torch.float32, dtype)
+        # Its kernels have both parameters or none, and want a row.
+        and (weight is None) == (bias is None)
+        and x.numel() > 0
+        # Its autograd function has no forward-mode formula.
+        and not forward_mode_is_on()
+    )

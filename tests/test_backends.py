@@ -1,0 +1,262 @@
+"""Which backend is chosen, what each refuses, and how apex is called."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from support import autocast, output_dtype, run_python
+
+import lpln_autopatch as lpln
+from lpln_autopatch import NoEffectWarning, Precision, backends, torch_compat
+from lpln_autopatch.backends import apex, native
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+NVIDIA = """
+CALLS = []
+def record(name, tensors, shape, eps):
+    CALLS.append((name, [t.dtype for t in tensors], [tuple(t.shape) for t in tensors], shape, eps))
+    from lpln_autopatch.torch_compat import autocast_dtype
+    assert autocast_dtype("cpu") is None
+    return tensors[0] * 0 + 7
+def fused_layer_norm_affine(input, weight, bias, normalized_shape, eps=1e-6):
+    return record("affine", [input, weight, bias], normalized_shape, eps)
+def fused_layer_norm(input, normalized_shape, eps=1e-6):
+    return record("plain", [input], normalized_shape, eps)
+"""
+
+
+@pytest.fixture
+def install_apex(tmp_path, monkeypatch):
+    """Puts a package called apex on sys.path: "nvidia", "python only" or "unrelated"."""
+
+    def install(kind: str) -> None:
+        package = tmp_path / "apex"
+        package.mkdir()
+        (package / "__init__.py").write_text("raise ImportError" if kind == "unrelated" else "")
+        if kind != "unrelated":
+            (package / "normalization").mkdir()
+            (package / "normalization" / "__init__.py").touch()
+            (package / "normalization" / "fused_layer_norm.py").write_text(NVIDIA)
+        if kind == "nvidia":
+            (tmp_path / "fused_layer_norm_cuda.py").touch()
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    yield install
+    for name in [n for n in sys.modules if n.split(".")[0] in ("apex", "fused_layer_norm_cuda")]:
+        del sys.modules[name]
+
+
+class CudaTensor(torch.Tensor):
+    """A CPU tensor that says it is on CUDA."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("name", ["auto", "native"])
+def test_native_is_the_default(name):
+    """auto is native where PyTorch has the kernels."""
+    assert backends.resolve(name, Precision.AMP) == ("native", native.normalise)
+
+
+def test_unknown_backend_is_refused(monkeypatch):
+    """An unknown name is a ValueError with where it came from and the valid names."""
+    with pytest.raises(ValueError, match=r"backend='cuda' is not a backend\. Valid: auto, "):
+        lpln.enable(backend="cuda")
+    monkeypatch.setenv("LPLN_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="LPLN_BACKEND='cuda' is not a backend"):
+        lpln.enable()
+    lpln.enable(backend="native")
+    assert lpln.status().backend == "native"
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (None, "NVIDIA apex is not installed"),
+        ("unrelated", "is not NVIDIA's. The package index has an unrelated project"),
+        ("python only", "without its CUDA extension"),
+    ],
+)
+def test_unusable_apex_is_refused_with_the_reason(install_apex, kind, reason):
+    """Asked for by name: the three cases are told apart, and each says how to build it."""
+    if kind:
+        install_apex(kind)
+    lpln.enable("bf16")
+    before = lpln.status()
+    with pytest.raises(ImportError, match=reason) as error:
+        lpln.enable("amp", backend="apex")
+    assert "https://github.com/NVIDIA/apex" in str(error.value)
+    assert lpln.status() == before
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("input_dtype", [FP32, "dtype"])
+def test_apex_is_called_with_everything_in_the_autocast_dtype(install_apex, dtype, input_dtype):
+    """x, weight and bias go to fused_layer_norm_affine in the autocast dtype, outside autocast."""
+    install_apex("nvidia")
+    name, normalise = backends.resolve("apex", Precision.AMP)
+    assert name == "apex"
+    x = torch.randn(4, 2, 8, dtype=dtype if input_dtype == "dtype" else FP32)
+    x = x.as_subclass(CudaTensor)
+    weight, bias = torch.randn(2, 2, 8)
+    with autocast():
+        y = normalise(x, torch.Size((2, 8)), weight, bias, 1e-3, dtype)
+        plain = normalise(x, (8,), None, None, 1e-5, dtype)
+    assert y.dtype is plain.dtype is dtype
+    assert (y == 7).all()
+    calls = importlib.import_module("apex.normalization.fused_layer_norm").CALLS
+    shapes = [(4, 2, 8), (2, 8), (2, 8)]
+    assert calls == [
+        ("affine", [dtype] * 3, shapes, (2, 8), 1e-3),
+        ("plain", [dtype], [(4, 2, 8)], (8,), 1e-5),
+    ]
+
+
+def test_apex_leaves_to_native_what_it_does_not_take(install_apex, layer_norm):
+    """CPU tensors, a weight without bias, the other low precision, no rows: native."""
+    install_apex("nvidia")
+    lpln.enable(backend="apex")
+    assert lpln.status().backend == "apex"
+    x = torch.randn(4, 8)
+    with autocast():
+        got = layer_norm(x)
+    assert torch.equal(
+        got, native.normalise(x, (8,), layer_norm.weight, layer_norm.bias, 1e-5, BF16)
+    )
+    weight, bias = layer_norm.weight, layer_norm.bias
+    for given, its_bias in ((x, None), (x.half(), bias), (x[:0], bias)):
+        y = apex.normalise(given.as_subclass(CudaTensor), (8,), weight, its_bias, 1e-5, BF16)
+        assert y.dtype is BF16
+        assert y.shape == given.shape
+    assert "apex.normalization.fused_layer_norm" not in sys.modules
+
+
+def test_old_torch_takes_apex_for_bfloat16(install_apex, monkeypatch):
+    """Before torch 1.13, auto is apex where bfloat16 may come; native with a warning without."""
+    monkeypatch.setattr(torch_compat, "CUDA_NORMALISES_BFLOAT16", False)
+    with pytest.warns(RuntimeWarning, match="NVIDIA apex is not installed"):
+        assert backends.automatic(Precision.AMP) == "native"
+    install_apex("nvidia")
+    importlib.invalidate_caches()
+    assert backends.automatic(Precision.AMP) == "apex"
+    assert backends.automatic(Precision.AMP_BF16) == "apex"
+    assert backends.automatic(Precision.AMP_FP16) == "native"
+
+
+def test_old_torch_computes_bfloat16_in_float32(monkeypatch):
+    """Native on an accelerator without a bfloat16 kernel: in float32, rounded once."""
+    monkeypatch.setattr(native, "CUDA_NORMALISES_BFLOAT16", False)
+    called: list[str] = []
+    real = native.normalise_in_float32
+    monkeypatch.setattr(
+        native, "normalise_in_float32", lambda *args: called.append("float32") or real(*args)
+    )
+    x = torch.randn(4, 8, device="meta")
+    assert native.normalise(x, (8,), None, None, 1e-5, BF16).dtype is BF16
+    assert called == ["float32"]
+    assert native.normalise(x, (8,), None, None, 1e-5, FP16).dtype is FP16
+    assert called == ["float32"]
+
+
+@pytest.fixture(scope="module")
+def third_party(tmp_path_factory):
+    """A folder into which a tiny distribution with two backends is installed."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
+    (source / "pyproject.toml").write_text(
+        textwrap.dedent(
+            """
+            [build-system]
+            requires = ["hatchling"]
+            build-backend = "hatchling.build"
+            [project]
+            name = "tiny_backend"
+            version = "1.0"
+            [project.entry-points."lpln_autopatch.backends"]
+            tiny = "tiny_backend:normalise"
+            broken = "tiny_backend:no_such_name"
+            """
+        )
+    )
+    (source / "tiny_backend.py").write_text(
+        textwrap.dedent(
+            """
+            import torch
+            def normalise(x, normalized_shape, weight, bias, eps, dtype):
+                return torch.full_like(x, 7, dtype=dtype)
+            """
+        )
+    )
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    subprocess.run([*command, str(target), str(source)], check=True, capture_output=True)
+    return str(target)
+
+
+def test_third_party_backend(third_party):
+    """A backend of another distribution is found by name, imported only then, and runs."""
+    code = """
+        import sys, torch, lpln_autopatch
+        lpln_autopatch.enable()
+        assert "tiny_backend" not in sys.modules
+        lpln_autopatch.enable(backend="tiny")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = torch.nn.LayerNorm(8)(torch.randn(4, 8))
+        assert y.dtype is torch.bfloat16 and (y == 7).all()
+        print(lpln_autopatch.status().backend)
+        try:
+            lpln_autopatch.enable(backend="broken")
+        except ImportError as error:
+            print("tiny_backend:no_such_name" in str(error), lpln_autopatch.status().backend)
+        try:
+            lpln_autopatch.enable(backend="tny")
+        except ValueError as error:
+            print("tiny" in str(error))
+    """
+    result = run_python("-c", textwrap.dedent(code), PYTHONPATH=third_party)
+    assert result.stdout.split() == ["tiny", "True", "tiny", "True"]
+
+
+def test_variable_chooses_the_backend(third_party):
+    """LPLN_BACKEND holds wherever no backend is named; a wrong one stops the process."""
+    code = """
+        import torch, lpln_autopatch
+        lpln_autopatch.enable()
+        print(lpln_autopatch.status().backend)
+        lpln_autopatch.enable(backend="native")
+        print(lpln_autopatch.status().backend)
+    """
+    environment = {"PYTHONPATH": third_party, "LPLN_PRECISION": "amp"}
+    result = run_python("-c", textwrap.dedent(code), LPLN_BACKEND="tiny", **environment)
+    assert result.stdout.split() == ["tiny", "native"]
+
+
+@pytest.mark.skipif(
+    torch_compat.TORCH_VERSION < (2, 5),
+    reason="torch >= 2.5 loads entry points; CI runs this there",
+)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("tny", "LPLN_BACKEND='tny' is not a backend"), ("apex", "NVIDIA apex is not installed")],
+)
+def test_wrong_variable_stops_the_process(name, message):
+    """LPLN_BACKEND that is unknown or unusable: one message, no traceback, no run."""
+    code = "import torch; print('ran')"
+    result = run_python("-c", code, check=False, LPLN_PRECISION="amp", LPLN_BACKEND=name)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert run_python("-c", code, LPLN_BACKEND=name).stdout == "ran\n"
+
+
+def test_precision_is_checked_with_the_backend(layer_norm):
+    """A backend is named together with a precision that never engages: accepted, stock."""
+    with pytest.warns(NoEffectWarning):
+        lpln.enable("fp32", backend="native")
+    assert output_dtype(layer_norm) is FP32
