@@ -7,7 +7,7 @@ VENV := .venv-$(subst =,,$(firstword $(TORCH)))
 INSTALLED := $(VENV)/installed
 EXAMPLE := docs/examples/train.py
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-composer lint clean
 
 # The same training script twice, without and with LPLN_PRECISION, and both results side by side.
 demo: $(INSTALLED)
@@ -20,6 +20,14 @@ demo: $(INSTALLED)
 # pytest's own command does not put the checkout on sys.path: what is tested is the wheel.
 test: $(INSTALLED)
 	$(VENV)/bin/pytest
+
+# Composer pins an old torch; without its pins it runs on the newest.
+test-composer: $(INSTALLED)
+	$(VENV)/bin/pip install --quiet torchvision $(TORCH)
+	$(VENV)/bin/pip install --quiet --no-deps mosaicml==0.32.1
+	$(VENV)/bin/pip install --quiet mosaicml-cli "importlib-metadata<9" torchmetrics==1.7.4 \
+	  torch_optimizer coolname tabulate py-cpuinfo psutil
+	LPLN_TEST_COMPOSER=1 $(VENV)/bin/pytest tests/test_composer.py
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

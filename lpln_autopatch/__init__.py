@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "LPLayerNorm",
     "NoEffectWarning",
     "Precision",
+    "apply_low_precision_layernorm",
     "disable",
     "enable",
     "exempt",
     "low_precision_layernorm",
+    "revert_low_precision_layernorm",
     "status",
 ]
 
@@ -32,6 +35,11 @@ if TYPE_CHECKING:
         status,
     )
     from lpln_autopatch.precision import NoEffectWarning, Precision
+    from lpln_autopatch.surgery import (
+        LPLayerNorm,
+        apply_low_precision_layernorm,
+        revert_low_precision_layernorm,
+    )
 
 _HOME = {
     "NoEffectWarning": "precision",
@@ -41,6 +49,9 @@ _HOME = {
     "exempt": "activation",
     "low_precision_layernorm": "activation",
     "status": "activation",
+    "LPLayerNorm": "surgery",
+    "apply_low_precision_layernorm": "surgery",
+    "revert_low_precision_layernorm": "surgery",
 }
 
 

@@ -9,12 +9,11 @@ import logging
 import os
 import platform
 import threading
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lpln_autopatch import state
-from lpln_autopatch.precision import NoEffectWarning, Precision
+from lpln_autopatch.precision import Precision
 from lpln_autopatch.state import Request
 
 if TYPE_CHECKING:
@@ -81,8 +80,8 @@ class low_precision_layernorm(contextlib.ContextDecorator):
                 "As a decorator it needs parentheses: @low_precision_layernorm()."
             )
         self._request = Request.parse(precision, backend, "block", "precision")
-        # By thread: threads that share one instance must each leave what they entered.
-        self._tokens: dict[int, list[object]] = {}
+        # Threads that share one instance must each leave what they entered.
+        self._entered: list[tuple[int, object]] = []
 
     def __call__(self, function: _F) -> _F:
         if _runs_its_body_later(function):
@@ -97,12 +96,17 @@ class low_precision_layernorm(contextlib.ContextDecorator):
         if not self._request.precision.ever_engages:
             outer = state.current()
             if outer is None or not outer.precision.ever_engages:
-                _warn_never_engages(self._request, stacklevel=3)
+                self._request.warn_never_engages(stacklevel=2)
         token = state.enter(self._request, keep_wrapper=True)
-        self._tokens.setdefault(threading.get_ident(), []).append(token)
+        self._entered.append((threading.get_ident(), token))
 
     def __exit__(self, *exc_info: object) -> None:
-        state.leave(self._tokens[threading.get_ident()].pop())
+        # The last of this thread's; if another thread entered, the last of all.
+        thread = threading.get_ident()
+        mine = [entry for entry in self._entered if entry[0] == thread] or self._entered
+        entry = mine[-1]
+        self._entered.remove(entry)
+        state.leave(entry[1])
 
 
 def exempt(module: _M, exempt: bool = True) -> _M:
@@ -197,22 +201,13 @@ def enable_from(precision: object, backend: str, source: str, argument: str) -> 
     """
     request = Request.parse(precision, backend, source, argument)
     if not request.precision.ever_engages:
-        _warn_never_engages(request, stacklevel=4)
+        request.warn_never_engages(stacklevel=3)
     state.set_base(request)
     _logger.info(
         "LayerNorm: precision %s, backend %s, from %s",
         request.precision,
         request.backend,
         request.source,
-    )
-
-
-def _warn_never_engages(request: Request, stacklevel: int) -> None:
-    warnings.warn(
-        f"precision {str(request.precision)!r} never engages: LayerNorm stays as PyTorch has it. "
-        "Use 'amp', 'amp_fp16' or 'amp_bf16' to run it in the autocast dtype.",
-        NoEffectWarning,
-        stacklevel=stacklevel,
     )
 
 

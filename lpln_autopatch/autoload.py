@@ -30,7 +30,18 @@ def on_torch_import(torch: object = None) -> None:
     if _done or value.lower() in _AS_IF_UNSET:
         return
 
+    import sys
     import threading
+
+    # One of ours may be importing torch right now. It is only half there: it is put aside, so that
+    # a whole one is imported if it is needed, which then is what its importer gets, too.
+    halves = {
+        name: module
+        for name, module in sys.modules.items()
+        if name.startswith("lpln_autopatch.") and getattr(module.__spec__, "_initializing", False)
+    }
+    for name in halves:
+        del sys.modules[name]
 
     from lpln_autopatch.activation import enable_from
 
@@ -41,4 +52,7 @@ def on_torch_import(torch: object = None) -> None:
         if threading.current_thread() is threading.main_thread():
             raise SystemExit(f"lpln_autopatch: {message}") from None
         raise type(error)(message) from None
+    finally:
+        for name, module in halves.items():
+            sys.modules.setdefault(name, module)
     _done = True

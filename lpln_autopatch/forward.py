@@ -21,7 +21,9 @@ from lpln_autopatch.torch_compat import (
     autocast_dtype,
     is_dynamo_compiling,
     is_tracing,
+    never_a_frame_of_its_own,
     run_while_compiling,
+    traced_like_torch_nn,
 )
 
 EXEMPT = "_lpln_autopatch_exempt"
@@ -73,15 +75,24 @@ def lowering_forward(original: Forward) -> Forward:
             # Upcast what `original` would round to one low precision and we to the other.
             x = input if input.dtype in (torch.float32, dtype) else input.float()
             return original(self, x).to(dtype=dtype)
-        # For compiled code that is also the fastest: Inductor fuses the upcast, the norm and the
-        # downcast into one kernel, and saves the unrounded input for backward. No autocast
-        # region enters the graph: with one, torch 2.13's AOTAutograd cache is bypassed.
-        normalise = native.normalise_in_float32 if is_dynamo_compiling() else lowering.backend
-        return normalise(input, self.normalized_shape, self.weight, self.bias, self.eps, dtype)
+        return run_lowered(lowering, self, input, dtype)
 
-    return forward
+    return traced_like_torch_nn(forward)
 
 
+@never_a_frame_of_its_own
+def run_lowered(
+    lowering: Lowering, module: torch.nn.LayerNorm, x: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Normalise `x` in `dtype` with the parameters of `module`, by the backend in eager mode."""
+    # For compiled code float32 is also the fastest: Inductor fuses the upcast, the norm and the
+    # downcast into one kernel, and saves the unrounded x for backward. No autocast region enters
+    # the graph: with one, torch 2.13's AOTAutograd cache is bypassed.
+    normalise = native.normalise_in_float32 if is_dynamo_compiling() else lowering.backend
+    return normalise(x, module.normalized_shape, module.weight, module.bias, module.eps, dtype)
+
+
+@never_a_frame_of_its_own
 def lowered_dtype(lowering: Lowering, module: torch.nn.LayerNorm, x: Tensor) -> torch.dtype | None:
     """The dtype to which this call is lowered, or None if it is stock."""
     # An fx.Proxy gets here when a LayerNorm is the root that fx traces.
@@ -90,20 +101,22 @@ def lowered_dtype(lowering: Lowering, module: torch.nn.LayerNorm, x: Tensor) -> 
     dtype = autocast_dtype(x.device.type)
     if dtype is None:
         return None
-    if dtype not in lowering.dtypes:
-        _warn_of_other_dtype(lowering.precision, dtype)
-        return None
     # Autocast itself never touches float64.
     if x.dtype is not torch.float32 and (x.dtype is torch.float64 or not x.is_floating_point()):
         return None
     if is_dynamo_compiling():
         # Dynamo guards on this way of reading the mark, and on no other.
-        exempt = getattr(module, EXEMPT, False)
+        stock = getattr(module, EXEMPT, False)
     else:
         # Module.__getattr__ takes longer to find a name missing than all else here together.
         # TorchScript gets the stock forward.
-        exempt = EXEMPT in module.__dict__ or is_tracing()
-    return None if exempt else dtype
+        stock = EXEMPT in module.__dict__ or is_tracing()
+    if stock:
+        return None
+    if dtype not in lowering.dtypes:
+        _warn_of_other_dtype(lowering.precision, dtype)
+        return None
+    return dtype
 
 
 _warned: set[str] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from lpln_autopatch.torch_compat import (
     CHECKPOINT_ENTRIES,
     CHECKPOINT_RECOMPUTATIONS,
     drop_compiled_code,
+    watch_compilations,
 )
 
 
@@ -29,56 +31,60 @@ class _Patch:
         path: Its name there, dotted.
         factory: Makes the wrapper from the function.
         wrappers: Those of ours that are on. More than one only if another patcher hid ours.
+        bottom: What was beneath everything when the first of them was put on.
     """
 
     module: ModuleType
     path: str
     factory: Callable[[Any], Any]
     wrappers: list[Any] = dataclasses.field(default_factory=list)
+    bottom: list[Any] = dataclasses.field(default_factory=list)
 
     def install(self) -> bool:
         """Put the wrapper on, and say whether that was necessary."""
-        if any(wrapt.is_wrapped_by(self._outermost(), wrapper) for wrapper in self.wrappers):
+        self._forget_what_is_gone()
+        chain = self._chain()
+        if any(link is wrapper for wrapper in self.wrappers for link in chain):
             return False
-        # None of ours is in sight: never put on, overwritten, or beneath somebody's closure,
-        # where it cannot be told from overwritten. One above that closure is right in each case.
+        # None of ours is in sight: never put on, or beneath somebody's closure. One above it.
+        if not self.wrappers:
+            self.bottom[:] = [chain[-1]]
         # wrapt's annotation asks for a proxy; its documentation for "a new object".
         wrapper = wrapt.wrap_object(self.module, self.path, self.factory)  # type: ignore[arg-type]
         self.wrappers.append(wrapper)
         return True
 
-    def remove(self) -> None:
-        """Take the wrapper off, or leave it where somebody else has wrapped it."""
+    def remove(self) -> str | None:
+        """Take the wrapper off, or leave it where somebody else has wrapped it, and say that."""
         for wrapper in reversed(self.wrappers[:]):
-            try:
+            with contextlib.suppress(wrapt.WrapperNotFoundError, wrapt.WrapperNotOutermostError):
                 wrapt.unwrap_object(self.module, self.path, wrapper)
-            except (wrapt.WrapperNotFoundError, wrapt.WrapperNotOutermostError):
-                if not self._is_overwritten(wrapper):
-                    self._warn_left_behind()
-                    continue
-            self.wrappers.remove(wrapper)
+                self.wrappers.remove(wrapper)
+        self._forget_what_is_gone()
+        if not self.wrappers:
+            return None
+        return (
+            f"{self.module.__name__}.{self.path} was wrapped by {self._chain()[0]!r} after "
+            "lpln_autopatch wrapped it. Our wrapper stays beneath that one, inert; remove that "
+            "one first to have PyTorch's own function back."
+        )
 
     def is_on(self) -> bool:
-        return not all(map(self._is_overwritten, self.wrappers))
+        self._forget_what_is_gone()
+        return bool(self.wrappers)
 
-    def _outermost(self) -> Any:
-        return wrapt.resolve_path(self.module, self.path)[2]
+    def _chain(self) -> list[Any]:
+        return list(wrapt.wrapper_chain(wrapt.resolve_path(self.module, self.path)[2]))
 
-    def _is_overwritten(self, wrapper: Any) -> bool:
-        """Whether somebody put back what was there before us."""
-        chain = list(wrapt.wrapper_chain(self._outermost()))
-        return any(link is wrapper.__wrapped__ for link in chain) and not any(
-            link is wrapper for link in chain
-        )
+    def _forget_what_is_gone(self) -> None:
+        """Forget the wrappers that somebody removed by putting back what was there before us.
 
-    def _warn_left_behind(self) -> None:
-        warnings.warn(
-            f"{self.module.__name__}.{self.path} was wrapped by {self._outermost()!r} after "
-            "lpln_autopatch wrapped it. Our wrapper stays beneath that one, inert; remove that "
-            "one first to have PyTorch's own function back.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        That is so if what was at the bottom is in sight and the wrapper is not. If neither is,
+        somebody's closure hides both.
+        """
+        chain = self._chain()
+        if any(link is bottom for bottom in self.bottom for link in chain):
+            self.wrappers[:] = [w for w in self.wrappers if any(link is w for link in chain)]
 
 
 def _captures_function(position: int) -> Callable[[Any], Any]:
@@ -120,12 +126,18 @@ _CHECKPOINT = [
 ]
 
 
+# Asks whether anything may have been compiled since the wrapper was taken off.
+_compiled_without: Callable[[], bool] | None = None
+
+
 def install() -> None:
     """Put every wrapper on that is not on. If one cannot be put on, none is."""
     try:
         for patch in _CHECKPOINT:
             patch.install()
-        if _LAYER_NORM.install():
+        # What was compiled without the wrapper does not look whether it is there. (What was
+        # compiled with it does: then nothing is dropped, least of all in a recomputation.)
+        if _LAYER_NORM.install() and (_compiled_without is None or _compiled_without()):
             drop_compiled_code()
     except BaseException:
         remove()
@@ -134,8 +146,13 @@ def install() -> None:
 
 def remove() -> None:
     """Take every wrapper off that is on."""
-    for patch in (_LAYER_NORM, *_CHECKPOINT):
-        patch.remove()
+    global _compiled_without
+    if _LAYER_NORM.is_on():
+        _compiled_without = watch_compilations()
+    left = [patch.remove() for patch in (_LAYER_NORM, *_CHECKPOINT)]
+    # Last of all, for those who make errors of warnings.
+    for message in filter(None, left):
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def is_installed() -> bool:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lpln_autopatch.precision import Precision
+from lpln_autopatch.precision import NoEffectWarning, Precision
 
 if TYPE_CHECKING:
     from lpln_autopatch.backends import Backend
+    from lpln_autopatch.forward import Lowering
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Request:
         precision: When LayerNorm is lowered.
         backend: The name of what normalises, as it was chosen: never "auto".
         normalise: What normalises.
-        source: "environment", "enable" or "block".
+        source: "environment", "enable", "block" or "surgery".
     """
 
     precision: Precision
@@ -51,6 +53,24 @@ class Request:
         parsed = Precision.parse(precision, argument)
         return cls(parsed, *backends.resolve(backend, parsed), source)
 
+    def lowering(self) -> Lowering:
+        """What the hot path reads while this request is in force."""
+        import torch
+
+        from lpln_autopatch.forward import Lowering
+
+        dtypes = (d for d in (torch.float16, torch.bfloat16) if self.precision.engages(d))
+        return Lowering(str(self.precision), tuple(dtypes), self.normalise)
+
+    def warn_never_engages(self, stacklevel: int) -> None:
+        """Say that this request lowers nothing."""
+        warnings.warn(
+            f"precision {str(self.precision)!r} never engages: LayerNorm stays as PyTorch has it. "
+            "Use 'amp', 'amp_fp16' or 'amp_bf16' to run it in the autocast dtype.",
+            NoEffectWarning,
+            stacklevel=stacklevel + 1,
+        )
+
 
 # Process-wide, not thread-local: autograd recomputes checkpoints in threads of its own.
 _base: Request | None = None
@@ -60,11 +80,16 @@ _blocks: dict[object, Request | None] = {}
 # base is cleared. Entering and leaving blocks in a loop must not patch, and compile, every time.
 _keep_wrapper = False
 _lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
 # A child forked while another thread holds the lock would wait for that thread forever.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
-    )
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def current() -> Request | None:
@@ -131,8 +156,7 @@ class Carried:
     request: Request | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if current() == self.request:
-            return self.function(*args, **kwargs)
+        # Even if that is in force already: what it is in force by may end before this does.
         token = enter(self.request, keep_wrapper=False)
         try:
             return self.function(*args, **kwargs)
@@ -150,14 +174,11 @@ def _prepare(request: Request | None) -> None:
 
 def _apply() -> None:
     """Make the hot path and the patch follow what is recorded. Called with the lock held."""
-    import torch
-
     from lpln_autopatch import forward, patch, torch_compat
 
     request, active = current(), None
     if request is not None and request.precision.ever_engages:
-        dtypes = tuple(d for d in (torch.float16, torch.bfloat16) if request.precision.engages(d))
-        active = forward.Lowering(str(request.precision), dtypes, request.normalise)
+        active = request.lowering()
     if active != forward.active:
         forward.active = active
         torch_compat.drop_code_that_cannot_follow()

@@ -60,11 +60,6 @@ def forward_mode_is_on() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-# until torch 2.2: the CPU kernel refuses float32 parameters with a float16 input (and, until
-# 2.0, a bfloat16 one), and is far off in bfloat16 (torch 1.13: 0.18 relative error at mean 64).
-CPU_NORMALISES_LOW_PRECISION = TORCH_VERSION >= (2, 2)
-
-
 # until torch 1.13: LayerNorm on CUDA has no bfloat16 kernel.
 CUDA_NORMALISES_BFLOAT16 = TORCH_VERSION >= (1, 13)
 
@@ -87,13 +82,68 @@ def run_while_compiling(function: _F) -> _F:
     return function
 
 
+def never_a_frame_of_its_own(function: _F) -> _F:
+    """Have Dynamo inline `function` in code that it traces, and never compile it by itself.
+
+    That is how it treats torch.nn's own functions. Behind a graph break it would otherwise
+    compile ours, once for every module that they are called for.
+    """
+    eval_frame: Any = torch._C._dynamo.eval_frame if TORCH_VERSION >= (2, 0) else None
+    if hasattr(eval_frame, "skip_code"):  # until torch 2.6
+        eval_frame.skip_code(function.__code__)
+    elif hasattr(eval_frame, "set_code_exec_strategy"):
+        action = eval_frame._FrameAction
+        strategy = eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT)
+        eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    return function
+
+
+def traced_like_torch_nn(function: _F) -> _F:
+    """The same for a function that may be what is compiled: `torch.compile(nn.LayerNorm(8))`.
+
+    torch.compile adds a frame above a module whose forward Dynamo would skip, and it judges that
+    by the file's name. Tracebacks show both files.
+    """
+    torchs_file = torch.nn.modules.normalization.__file__
+    code = function.__code__
+    function.__code__ = code.replace(co_filename=f"{torchs_file} <- {code.co_filename}")
+    return function
+
+
+def watch_compilations() -> Callable[[], bool]:
+    """A function to call once, that says whether Dynamo may have compiled anything by then."""
+    dynamo = sys.modules.get("torch._dynamo.callback")
+    if dynamo is None:
+        return lambda: True
+    callbacks, compiled = dynamo.callback_handler.start_callbacks, []
+
+    def start(*args: object) -> None:
+        compiled.append(True)
+
+    callbacks.append(start)
+
+    def may_have_compiled() -> bool:
+        if start not in callbacks:  # torch._dynamo.reset() removes it, and we know nothing
+            return True
+        callbacks.remove(start)
+        return bool(compiled)
+
+    return may_have_compiled
+
+
 def drop_compiled_code() -> None:
     """Make every compiled function compile again at its next call.
 
     Dynamo does not guard on `LayerNorm.forward`: what it compiled before the method was
     patched would go on running the old one.
     """
-    if "torch._dynamo" in sys.modules:
+    if "torch._dynamo" not in sys.modules:
+        return
+    # Of torch.compiler.reset() only this: the rest is refused inside compiled autograd, where a
+    # recomputation may need the patch back, and forgets what others have registered.
+    if hasattr(torch._dynamo, "reset_code_caches"):
+        torch._dynamo.reset_code_caches()
+    else:  # until torch 2.4
         torch._dynamo.reset()
 
 
@@ -121,3 +171,6 @@ CHECKPOINT_RECOMPUTATIONS = {"CheckpointFunction.backward": "run_function"}
 if hasattr(getattr(torch.utils.checkpoint, "_CheckpointFrame", None), "get_inputs"):
     # until torch 2.9: frames have no method that runs first
     CHECKPOINT_RECOMPUTATIONS["_CheckpointFrame.get_inputs"] = "recompute_fn"
+
+
+never_a_frame_of_its_own(autocast_dtype)

@@ -13,6 +13,15 @@ from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 
 
+class _RefuseTorch:
+    """Stops a program that imports torch. What goes wrong in a sitecustomize Python only prints."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            raise SystemExit("LPLN_PRECISION is set, and wrapt cannot be imported: see above.")
+
+
 def _activate_when_torch_is_imported():
     try:
         import wrapt
@@ -20,22 +29,22 @@ def _activate_when_torch_is_imported():
         # By name: lpln_autopatch is imported with torch, not in every Python that starts here.
         wrapt.register_post_import_hook("lpln_autopatch.autoload:on_torch_import", "torch")
     except ImportError:
-        # Python prints what goes wrong in a sitecustomize and goes on. A program that uses torch
-        # must not go on without what LPLN_PRECISION asks for.
-        sys.modules["torch"] = None
+        sys.meta_path.insert(0, _RefuseTorch)
         raise
 
 
 def _run_shadowed_sitecustomize():
     here = os.path.dirname(os.path.realpath(__file__))
     path = [os.path.realpath(entry) for entry in sys.path]
-    spec = PathFinder.find_spec("sitecustomize", sys.path[path.index(here) + 1 :])
+    # Behind the last entry that is this folder: by another name it may be there twice.
+    behind = len(path) - path[::-1].index(here)
+    spec = PathFinder.find_spec("sitecustomize", sys.path[behind:])
     if spec is not None and spec.loader is not None:
         spec.loader.exec_module(module_from_spec(spec))
 
 
 try:
-    if os.environ.get("LPLN_PRECISION"):
+    if os.environ.get("LPLN_PRECISION", "").lower() not in ("", "0", "off"):
         _activate_when_torch_is_imported()
 finally:
     _run_shadowed_sitecustomize()

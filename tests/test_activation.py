@@ -3,9 +3,11 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import os
 import pickle
 import random
 import threading
+import time
 import warnings
 
 import pytest
@@ -325,3 +327,59 @@ def test_exempt_refuses_what_is_no_module():
     """exempt() of a name or a parameter is a TypeError that says what it takes."""
     with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, not 'ln_f'"):
         lpln.exempt("ln_f")
+
+
+def test_block_may_be_left_by_another_thread(layer_norm):
+    """Entered in one thread and left in another, as an ExitStack may be: it closes."""
+    block = low_precision_layernorm()
+    thread = threading.Thread(target=block.__enter__)
+    thread.start()
+    thread.join()
+    assert output_dtype(layer_norm) is BF16
+    block.__exit__(None, None, None)
+    assert output_dtype(layer_norm) is FP32
+
+
+@pytest.mark.skipif(FP16 not in AUTOCAST_DTYPES, reason="autocast on CPU has only bfloat16 there")
+def test_stock_calls_do_not_use_up_the_warning(layer_norm):
+    """Modules that would be stock anyway do not warn about the autocast dtype."""
+    lpln.enable("amp_fp16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output_dtype(lpln.exempt(torch.nn.LayerNorm(8)))
+        output_dtype(torch.nn.LayerNorm(8).double(), torch.randn(4, 8).double())
+    with pytest.warns(NoEffectWarning):
+        output_dtype(layer_norm)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork; Linux CI has it")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_child_forked_while_the_lock_is_held_can_enable(layer_norm):
+    """A child does not wait for a lock whose holder does not exist in it."""
+    from lpln_autopatch import state
+
+    taken, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with state._lock:
+            taken.set()
+            release.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait(10)
+    child = os.fork()
+    if child == 0:
+        lpln.enable()
+        os._exit(0 if lpln.status().precision == "amp" else 1)
+    for _ in range(200):
+        pid, exit_status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, 9)
+    release.set()
+    thread.join()
+    assert pid == child
+    assert exit_status == 0

@@ -248,3 +248,101 @@ def test_checkpoint_around_a_compiled_module(model, x):
         y = early_bound_checkpoint(compiled, x, use_reentrant=False)
     lpln.disable()
     assert equal(backward(model, x, y), expected)
+
+
+@both_modes
+def test_overlapping_recomputations_do_not_cut_each_other_short(x, use_reentrant):
+    """One that ends while another runs does not take the other's precision away."""
+    norm, weight = torch.nn.LayerNorm(8), torch.randn(8, 8, requires_grad=True)
+    a_is_in, b_is_in, a_is_done = (threading.Event() for _ in range(3))
+    in_backward, dtypes = False, {"a": [], "b": []}
+
+    def function_of(name):
+        def function(x):
+            if in_backward and name == "a":
+                a_is_in.set()
+                b_is_in.wait(10)
+            elif in_backward:
+                b_is_in.set()
+                a_is_done.wait(10)
+            y = norm(x * 1)
+            dtypes[name].append(y.dtype)
+            return y.float() @ weight
+
+        return function
+
+    with low_precision_layernorm(), autocast():
+        outputs = {
+            name: early_bound_checkpoint(function_of(name), x, use_reentrant=use_reentrant)
+            for name in dtypes
+        }
+    in_backward = True
+
+    def run(name):
+        if name == "b":
+            a_is_in.wait(10)
+        outputs[name].float().sum().backward()
+        if name == "a":
+            a_is_done.set()
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in dtypes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert dtypes == {"a": [BF16, BF16], "b": [BF16, BF16]}
+    assert lpln.status().precision is None
+
+
+@both_modes
+@pytest.mark.parametrize("input_dtype", [FP32, BF16])
+def test_checkpointing_a_norm_changes_no_bit(use_reentrant, input_dtype):
+    """The recorded forward, without gradients, and the recomputation, with them, are one."""
+    torch.manual_seed(0)
+    norm = torch.nn.LayerNorm(768)
+    torch.nn.init.normal_(norm.weight, 1, 0.3)
+    x = (torch.randn(256, 768) * 3 + 5).to(input_dtype).requires_grad_()
+
+    def run(checkpointed):
+        x.grad = None
+        norm.zero_grad()
+        with low_precision_layernorm(), autocast():
+            y = (
+                early_bound_checkpoint(norm, x, use_reentrant=use_reentrant)
+                if checkpointed
+                else norm(x)
+            )
+        y.float().square().sum().backward()
+        return [y.detach(), x.grad.clone(), norm.weight.grad.clone(), norm.bias.grad.clone()]
+
+    assert equal(run(True), run(False))
+
+
+@needs_dynamo
+def test_recomputation_after_disable_drops_no_compiled_code(model, x):
+    """The wrapper comes back for it, and what was compiled with the wrapper stays good."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    model.hook.remove()
+    compiled = torch.compile(model, backend=counter)
+    with low_precision_layernorm("bf16"), autocast():
+        y = early_bound_checkpoint(compiled, x, use_reentrant=True)
+        compiled(x)
+    before = counter.frame_count
+    lpln.disable()
+    backward(model, x, y)
+    assert counter.frame_count == before
+
+
+@needs_dynamo
+def test_compiled_autograd_recomputes_after_disable(model, x):
+    """Dynamo refuses to be reset inside compiled autograd: the recomputation does not ask it to."""
+    expected = gradients_without_checkpoint(lower=True)
+    with low_precision_layernorm("bf16"), autocast():
+        y = early_bound_checkpoint(model, x, use_reentrant=False)
+    lpln.disable()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        got = backward(model, x, y)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=0.01, atol=0.01)

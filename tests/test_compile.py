@@ -285,3 +285,75 @@ def test_code_that_cannot_follow_is_dropped(model, compile_and_count, monkeypatc
     with low_precision_layernorm():
         assert output_dtype(compiled) is FP32
     assert counter.frame_count == 3
+
+
+class BreaksTheGraph(torch.nn.Module):
+    """Calls many LayerNorms from frames that Dynamo cannot trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(64) for _ in range(12))
+
+    def forward(self, x):
+        for norm in self.norms:
+            torch._dynamo.graph_break()
+            x = norm(x) * 3
+        return x
+
+
+def test_behind_a_graph_break_nothing_is_compiled_that_stock_does_not():
+    """Dynamo skips torch.nn's own forward there, and skips ours: inert is bit-identical."""
+    from torch._dynamo.testing import CompileCounter
+
+    def frames_and_output(enter):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        with enter, autocast():
+            y = torch.compile(model, backend=counter)(x)
+        with enter, autocast():
+            inductor = torch.compile(model)(x)
+        return counter.frame_count, y, inductor
+
+    import contextlib
+
+    model, x = BreaksTheGraph(), torch.randn(64, 64) * 3 + 2
+    frames, stock, stock_inductor = frames_and_output(contextlib.nullcontext())
+    with low_precision_layernorm():
+        pass
+    inert_frames, inert, inert_inductor = frames_and_output(contextlib.nullcontext())
+    assert inert_frames == frames
+    assert torch.equal(inert, stock)
+    assert torch.equal(inert_inductor, stock_inductor)
+    lowered_frames, lowered, _ = frames_and_output(low_precision_layernorm())
+    assert lowered_frames == frames
+    assert lowered.dtype is BF16
+
+
+def test_compiled_layernorm_by_itself_survives_disable(layer_norm):
+    """A LayerNorm compiled by itself while enabled still runs with fullgraph after disable()."""
+    lpln.enable()
+    compiled = torch.compile(layer_norm, fullgraph=True, backend="eager")
+    assert output_dtype(compiled) is BF16
+    lpln.disable()
+    assert output_dtype(compiled) is FP32
+    lpln.enable()
+    assert output_dtype(compiled) is BF16
+
+
+def test_enabling_again_drops_only_what_could_be_stale(model, compile_and_count):
+    """disable(), enable() with nothing compiled between keeps compiled code; else it goes."""
+    compile_, counter = compile_and_count
+    compiled = compile_(model)
+    for _ in range(3):
+        lpln.enable()
+        assert output_dtype(compiled) is BF16
+        lpln.disable()
+    assert counter.frame_count == 1
+    assert output_dtype(compiled) is FP32
+    lpln.enable()
+    assert output_dtype(compiled) is BF16
+    lpln.disable()
+    torch._dynamo.reset()
+    assert output_dtype(compiled) is FP32
+    lpln.enable()
+    assert output_dtype(compiled) is BF16

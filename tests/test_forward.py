@@ -104,6 +104,13 @@ def test_integer_input_gets_pytorchs_error(layer_norm, lowered):
     assert str(ours.value) == str(stock.value)
 
 
+@pytest.mark.parametrize("input_dtype", [FP32, BF16])
+def test_float64_parameters_get_pytorchs_error(layer_norm, lowered, input_dtype):
+    """PyTorch refuses float64 parameters with another x, and so do we."""
+    with autocast(), pytest.raises(RuntimeError, match=r"mixed dtype|expected scalar type"):
+        layer_norm.double()(torch.randn(4, 8).to(input_dtype))
+
+
 def test_wrong_shape_gets_pytorchs_error(layer_norm, lowered):
     """Trailing dimensions that differ from normalized_shape: PyTorch's own message."""
     with autocast(), pytest.raises(RuntimeError, match=r"Given normalized_shape=\[8\]"):

@@ -179,3 +179,42 @@ def test_inactive_process_is_bit_identical(layer_norm):
     assert equal(run(), untouched)
     lpln.disable()
     assert equal(run(), untouched)
+
+
+def test_patcher_that_came_and_went_leaves_no_trace():
+    """A closure on top that is taken off again: disable() is silent, and status() right."""
+    original = vars(LayerNorm)["forward"]
+    lpln.enable()
+    saved = LayerNorm.forward
+    LayerNorm.forward = plain(saved)
+    with low_precision_layernorm():
+        pass  # puts one of ours above theirs
+    LayerNorm.forward = saved
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lpln.disable()
+        assert vars(LayerNorm)["forward"] is original
+        assert not lpln.status().installed
+        lpln.disable()
+
+
+def test_disable_is_complete_where_warnings_are_errors():
+    """The warning about a wrapper on top comes when everything else has been taken off."""
+    before = patched_attributes()
+    lpln.enable()
+    saved = LayerNorm.forward
+    LayerNorm.forward = plain(saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning):
+            lpln.disable()
+    assert all(a is b for a, b in zip(before[1:], patched_attributes()[1:], strict=True))
+    LayerNorm.forward = saved
+
+
+def test_traceback_names_both_files(layer_norm):
+    """An error in a lowered call shows that our function ran in the place of torch's."""
+    with low_precision_layernorm(), autocast(), pytest.raises(RuntimeError) as error:
+        layer_norm(torch.randn(4, 7))
+    names = [str(entry.path) for entry in error.traceback]
+    assert any("normalization.py <- " in n and n.endswith("forward.py") for n in names)

@@ -142,9 +142,12 @@ def test_sitecustomize_without_wrapt_stops_what_uses_torch(tmp_path):
         "LPLN_PRECISION": "amp",
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
     }
-    result = run_python("-c", "import torch", check=False, **environment)
-    assert result.returncode != 0
+    guarded = "try:\n    import torch\nexcept Exception:\n    print('went on')"
+    result = run_python("-c", guarded, check=False, **environment)
+    assert result.returncode == 1
+    assert result.stdout == ""
     assert "no wrapt here" in result.stderr
+    assert "wrapt cannot be imported" in result.stderr
     assert run_python("-c", "print('ran')", **environment).stdout == "ran\n"
 
 
@@ -155,6 +158,25 @@ def test_shadowed_sitecustomize_still_runs(tmp_path, program, precision):
     result = run_python(program, PYTHONPATH=f"{SITECUSTOMIZE}:{tmp_path}", LPLN_PRECISION=precision)
     assert result.stdout.split() == ["theirs", "torch.bfloat16" if precision else "torch.float32"]
     assert "theirs fails" in result.stderr
+
+
+def test_sitecustomize_folder_may_be_on_the_path_twice(tmp_path, program):
+    """Under a second name it is not taken for the one that it shadows."""
+    (tmp_path / "again").symlink_to(SITECUSTOMIZE)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "sitecustomize.py").write_text("print('theirs')")
+    path = f"{SITECUSTOMIZE}:{tmp_path / 'again'}:{tmp_path / 'other'}"
+    result = run_python(program, PYTHONPATH=path, LPLN_PRECISION="amp")
+    assert result.stdout.split() == ["theirs", "torch.bfloat16"]
+    assert "Error" not in result.stderr
+
+
+@pytest.mark.parametrize("value", ["", "off", "0"])
+def test_sitecustomize_imports_nothing_when_off(value):
+    """With the variable off, the hook's library is not imported either."""
+    code = "import sys; print('wrapt' in sys.modules)"
+    result = run_python("-c", code, LPLN_PRECISION=value, PYTHONPATH=SITECUSTOMIZE)
+    assert result.stdout.split() == ["False"]
 
 
 def test_sitecustomize_does_not_import_torch():
@@ -210,6 +232,12 @@ def test_unset_costs_less_than_a_millisecond():
         "import lpln_autopatch.activation as a; a.enable('bf16')",
         "import lpln_autopatch; lpln_autopatch.status()",
         "import lpln_autopatch; lpln_autopatch.Precision('amp')",
+        "import lpln_autopatch.backends",
+        "from lpln_autopatch.backends import Backend, native",
+        "import lpln_autopatch.patch",
+        "import lpln_autopatch.forward",
+        "import lpln_autopatch.torch_compat",
+        "from lpln_autopatch import LPLayerNorm, apply_low_precision_layernorm",
     ],
 )
 def test_our_import_before_torchs(first):

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from lpln_autopatch.torch_compat import (
-    CPU_NORMALISES_LOW_PRECISION,
     CUDA_NORMALISES_BFLOAT16,
     autocast_disabled,
-    forward_mode_is_on,
+    never_a_frame_of_its_own,
 )
 
 
@@ -30,7 +29,10 @@ def normalise(
     """Normalise `x` over its trailing dimensions in the autocast dtype.
 
     On CPU nothing is rounded before the output: closer than Composer's recipe, and faster, with
-    no cast but the output's, and the caller's own float32 x saved for backward.
+    no cast but the output's, and the caller's own float32 x saved for backward. A low-precision x
+    is upcast, though there is a kernel for it: that one sums the gradients of weight and bias in
+    x's dtype, 7 % off at 4096 rows of bfloat16, 26 % at 65536 (torch 2.13 and 2.15; in float32,
+    one part in a million). Not only where gradients are wanted: no_grad must not change values.
 
     On an accelerator x and the parameters are rounded first, as Composer does: the kernels
     there read all three in one dtype, and move fewer bytes in this one.
@@ -41,7 +43,7 @@ def normalise(
         MosaicML Composer, Low Precision LayerNorm; differs in: on CPU nothing is rounded first.
     """
     if x.is_cpu:
-        if x.dtype is torch.float32 or (x.dtype is dtype and _cpu_kernel_takes_low_precision()):
+        if x.dtype is torch.float32 and (weight is None or weight.dtype is torch.float32):
             return F.layer_norm(x, normalized_shape, weight, bias, eps).to(dtype=dtype)
     elif (x.dtype is dtype or x.dtype is torch.float32) and (
         CUDA_NORMALISES_BFLOAT16 or dtype is torch.float16
@@ -78,9 +80,9 @@ def normalise_in_float32(
 ) -> torch.Tensor:
     """Normalise in float32 and round once, whatever comes in.
 
-    For the inputs that PyTorch's kernels would round twice or not take (bfloat16 under an
-    autocast to float16, the reverse, float8), and for those that they lose too much of (see
-    `_cpu_kernel_takes_low_precision`). Arguments and result are those of `normalise`.
+    For the inputs that PyTorch's kernels would round twice, lose too much of, or not take:
+    bfloat16 under an autocast to float16, the reverse, float8, low precision on CPU. Arguments
+    and result are those of `normalise`.
     """
     return F.layer_norm(
         x.float(),
@@ -91,12 +93,12 @@ def normalise_in_float32(
     ).to(dtype=dtype)
 
 
-def _cpu_kernel_takes_low_precision() -> bool:
-    # Its backward sums the gradients of weight and bias in x's dtype: 7 % off at 4096 rows of
-    # bfloat16, 26 % at 65536 (torch 2.13 and 2.15; in float32, one part in a million). And from
-    # a low-precision x and float32 parameters it makes a float32 tangent.
-    return CPU_NORMALISES_LOW_PRECISION and not torch.is_grad_enabled() and not forward_mode_is_on()
-
-
 def _cast(parameter: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return None if parameter is None else parameter.to(dtype=dtype)
+    # Autocast does not touch float64 either: such a parameter gets PyTorch's own error.
+    if parameter is None or parameter.dtype is torch.float64:
+        return parameter
+    return parameter.to(dtype=dtype)
+
+
+for _function in (normalise, normalise_in_low_precision, normalise_in_float32, _cast):
+    never_a_frame_of_its_own(_function)

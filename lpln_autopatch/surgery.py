@@ -1,0 +1,191 @@
+"""Surgery: lower the LayerNorms of one model by changing their class, and nothing else."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+# TorchScript resolves the names in LayerNorm.forward's source here; see forward.py.
+import torch.nn.functional as F
+from torch import Tensor
+
+from lpln_autopatch.forward import lowered_dtype, run_lowered
+from lpln_autopatch.precision import NoEffectWarning, Precision
+from lpln_autopatch.state import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.optim import Optimizer
+
+
+class LPLayerNorm(torch.nn.LayerNorm):
+    """A LayerNorm that runs in the autocast dtype by itself, whatever `enable` says.
+
+    Takes the arguments of `torch.nn.LayerNorm`, and:
+
+    Args:
+        precision: As for `enable`.
+        backend: As for `enable`.
+
+    Shape:
+        Those of `torch.nn.LayerNorm`; the output has the autocast dtype of the input's device
+        where a call is lowered, by the rules of docs/how-it-works.md.
+
+    Raises:
+        ValueError: precision or backend is not a valid name.
+        ImportError: the backend cannot be used here.
+
+    Source:
+        MosaicML Composer, `LPLayerNorm`; differs in: `bias`, CPU autocast, no early rounding there.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        precision: str | Precision | torch.dtype = "amp",
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._lowering = _parse(precision, backend).lowering()
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = lowered_dtype(self._lowering, self, input)
+        if dtype is None:
+            # Not super().forward: the global patch has no say in a module of its own precision.
+            return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return run_lowered(self._lowering, self, input, dtype)
+
+    # TorchScript compiles the source of what this stands for.
+    forward.__wrapped__ = inspect.unwrap(torch.nn.LayerNorm.forward)  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        original = _original_class(type(self))
+        reduced = super().__reduce_ex__(protocol)
+        if original is torch.nn.LayerNorm or not isinstance(reduced, tuple):
+            return reduced
+        # The class was made here, and has no name under which it could be found again.
+        return (_new_instance, (original,), *reduced[2:])
+
+
+def apply_low_precision_layernorm(
+    model: torch.nn.Module,
+    precision: str | Precision | torch.dtype = "amp",
+    optimizers: Optimizer | Sequence[Optimizer] | None = None,
+    backend: str = "auto",
+) -> dict[str, torch.nn.LayerNorm]:
+    """Lower the LayerNorms that are in `model` now, in place, and no others.
+
+    Each keeps everything but its class: parameters, hooks, sharing, names, training flag. So
+    nothing needs repair: not a DDP wrapper, not compiled code, not an optimizer. Subclasses that
+    inherit LayerNorm's forward are lowered too; those with a `forward` of their own, and instances
+    that carry one, are left alone. Applying it again replaces precision and backend.
+
+    Args:
+        model: The module to change; may be a LayerNorm itself.
+        precision: As for `enable`; also Composer's `Precision` members.
+        optimizers: Not used: the parameters stay the same objects. Composer has the argument.
+        backend: As for `enable`.
+
+    Returns:
+        The modules that are lowered now, by qualified name; "" is `model` itself.
+
+    Raises:
+        TypeError: `model` is not a `torch.nn.Module`.
+        ValueError: precision or backend is not a valid name; nothing has changed.
+        ImportError: the backend cannot be used here; nothing has changed.
+
+    Source:
+        MosaicML Composer, `apply_low_precision_layernorm`; differs in: the class is changed and
+        no module is replaced; it returns the same type on every path.
+    """
+    del optimizers
+    _check_is_module(model, "apply_low_precision_layernorm")
+    request = _parse(precision, backend)
+    if not request.precision.ever_engages:
+        revert_low_precision_layernorm(model)
+        return {}
+    changed: dict[str, torch.nn.LayerNorm] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LPLayerNorm) or _runs_torchs_forward(module):
+            assert isinstance(module, torch.nn.LayerNorm)
+            module.__class__ = _low_precision_class(_original_class(type(module)))
+            module._lowering = request.lowering()  # type: ignore[assignment]
+            changed[name] = module
+    if not changed:
+        warnings.warn(
+            f"No LayerNorm that runs torch.nn.LayerNorm.forward was found in {type(model)}: "
+            "nothing is lowered. One with a forward of its own is left alone.",
+            NoEffectWarning,
+            stacklevel=2,
+        )
+    return changed
+
+
+def revert_low_precision_layernorm(model: torch.nn.Module) -> dict[str, torch.nn.LayerNorm]:
+    """Undo `apply_low_precision_layernorm` in `model`: each module has its class back.
+
+    Args:
+        model: The module to change.
+
+    Returns:
+        The modules that were lowered, by qualified name.
+
+    Raises:
+        TypeError: `model` is not a `torch.nn.Module`.
+    """
+    _check_is_module(model, "revert_low_precision_layernorm")
+    changed: dict[str, torch.nn.LayerNorm] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LPLayerNorm):
+            module.__class__ = _original_class(type(module))  # type: ignore[assignment]
+            del module._lowering
+            changed[name] = module
+    return changed
+
+
+def _parse(precision: object, backend: str) -> Request:
+    request = Request.parse(precision, backend, "surgery", "precision")
+    if not request.precision.ever_engages:
+        request.warn_never_engages(stacklevel=3)
+    return request
+
+
+def _check_is_module(model: object, function: str) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{function}() takes a torch.nn.Module, not {model!r}.")
+
+
+def _runs_torchs_forward(module: torch.nn.Module) -> bool:
+    return (
+        isinstance(module, torch.nn.LayerNorm)
+        and type(module).forward is torch.nn.LayerNorm.forward
+        and "forward" not in vars(module)
+    )
+
+
+_classes: dict[type[torch.nn.LayerNorm], type[LPLayerNorm]] = {torch.nn.LayerNorm: LPLayerNorm}
+
+
+def _low_precision_class(original: type[torch.nn.LayerNorm]) -> type[LPLayerNorm]:
+    """`LPLayerNorm`, or for a subclass of LayerNorm a class that is both."""
+    if original not in _classes:
+        members = {"_original": original, "__module__": original.__module__}
+        _classes[original] = type(f"LP{original.__name__}", (LPLayerNorm, original), members)
+    return _classes[original]
+
+
+def _original_class(cls: type[torch.nn.LayerNorm]) -> type[torch.nn.LayerNorm]:
+    if not issubclass(cls, LPLayerNorm):
+        return cls
+    original: type[torch.nn.LayerNorm] = vars(cls).get("_original", torch.nn.LayerNorm)
+    return original
+
+
+def _new_instance(original: type[torch.nn.LayerNorm]) -> LPLayerNorm:
+    cls = _low_precision_class(original)
+    return cls.__new__(cls)
