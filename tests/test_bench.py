@@ -27,7 +27,7 @@ def test_call_prints_every_ratio():
     """The benchmark runs as documented, and prints each pair for each input."""
     printed = run_python("-m", "lpln_autopatch.bench.call", "--rounds", "2").stdout
     for ours, rival in call.PAIRS:
-        assert printed.count(f"{ours} / {rival}") == 4
+        assert printed.count(f"{ours} / {rival}") == 8
     assert "forward and backward, (4096, 1024), torch.float32 input" in printed
 
 

@@ -1,4 +1,4 @@
-"""The algorithm for Composer's Trainer, against the real thing: `make test-composer` installs it."""
+"""The algorithm for Composer's Trainer, against the real one. `make test-composer` installs it."""
 
 from __future__ import annotations
 
