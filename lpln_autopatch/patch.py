@@ -22,7 +22,7 @@ from lpln_autopatch.torch_compat import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Patch:
     """A function that is wrapped while a precision is, or may soon be, active.
 
@@ -38,17 +38,17 @@ class _Patch:
     path: str
     factory: Callable[[Any], Any]
     wrappers: list[Any] = dataclasses.field(default_factory=list)
-    bottom: list[Any] = dataclasses.field(default_factory=list)
+    bottom: Any = None
 
     def install(self) -> bool:
         """Put the wrapper on, and say whether that was necessary."""
         self._forget_what_is_gone()
         chain = self._chain()
-        if any(link is wrapper for wrapper in self.wrappers for link in chain):
+        if any(_is_in(chain, wrapper) for wrapper in self.wrappers):
             return False
         # None of ours is in sight: never put on, or beneath somebody's closure. One above it.
         if not self.wrappers:
-            self.bottom[:] = [chain[-1]]
+            self.bottom = chain[-1]
         # wrapt's annotation asks for a proxy; its documentation for "a new object".
         wrapper = wrapt.wrap_object(self.module, self.path, self.factory)  # type: ignore[arg-type]
         self.wrappers.append(wrapper)
@@ -59,7 +59,7 @@ class _Patch:
         for wrapper in reversed(self.wrappers[:]):
             with contextlib.suppress(wrapt.WrapperNotFoundError, wrapt.WrapperNotOutermostError):
                 wrapt.unwrap_object(self.module, self.path, wrapper)
-                self.wrappers.remove(wrapper)
+                self.wrappers = [w for w in self.wrappers if w is not wrapper]
         self._forget_what_is_gone()
         if not self.wrappers:
             return None
@@ -83,8 +83,13 @@ class _Patch:
         somebody's closure hides both.
         """
         chain = self._chain()
-        if any(link is bottom for bottom in self.bottom for link in chain):
-            self.wrappers[:] = [w for w in self.wrappers if any(link is w for link in chain)]
+        if _is_in(chain, self.bottom):
+            self.wrappers = [wrapper for wrapper in self.wrappers if _is_in(chain, wrapper)]
+
+
+def _is_in(chain: list[Any], wanted: Any) -> bool:
+    # By identity: a wrapt proxy is equal to what it wraps.
+    return any(link is wanted for link in chain)
 
 
 def _captures_function(position: int) -> Callable[[Any], Any]:
@@ -147,9 +152,10 @@ def install() -> None:
 def remove() -> None:
     """Take every wrapper off that is on."""
     global _compiled_without
-    if _LAYER_NORM.is_on():
-        _compiled_without = watch_compilations()
+    was_on = _LAYER_NORM.is_on()
     left = [patch.remove() for patch in (_LAYER_NORM, *_CHECKPOINT)]
+    if was_on and not _LAYER_NORM.is_on():
+        _compiled_without = watch_compilations()
     # Last of all, for those who make errors of warnings.
     for message in filter(None, left):
         warnings.warn(message, RuntimeWarning, stacklevel=2)
