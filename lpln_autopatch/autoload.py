@@ -48,7 +48,8 @@ def on_torch_import(torch: object = None) -> None:
     try:
         enable_from(value, "auto", "environment", _VARIABLE)
     except (ValueError, ImportError) as error:
-        message = f"{error} Unset {_VARIABLE} to leave LayerNorm as PyTorch has it."
+        reason = str(error).rstrip(".")
+        message = f"{reason}. Unset {_VARIABLE} to leave LayerNorm as PyTorch has it."
         if threading.current_thread() is threading.main_thread():
             raise SystemExit(f"lpln_autopatch: {message}") from None
         raise type(error)(message) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 
@@ -64,9 +64,9 @@ class LPLayerNorm(torch.nn.LayerNorm):
     forward.__wrapped__ = inspect.unwrap(torch.nn.LayerNorm.forward)  # type: ignore[attr-defined]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        original = _original_class(type(self))
         reduced = super().__reduce_ex__(protocol)
-        if original is torch.nn.LayerNorm or not isinstance(reduced, tuple):
+        original = _original_class(type(self))
+        if type(self) is LPLayerNorm or original is None or not isinstance(reduced, tuple):
             return reduced
         # The class was made here, and has no name under which it could be found again.
         return (_new_instance, (original,), *reduced[2:])
@@ -111,10 +111,10 @@ def apply_low_precision_layernorm(
         return {}
     changed: dict[str, torch.nn.LayerNorm] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LPLayerNorm) or _runs_torchs_forward(module):
-            assert isinstance(module, torch.nn.LayerNorm)
-            module.__class__ = _low_precision_class(_original_class(type(module)))
-            module._lowering = request.lowering()  # type: ignore[assignment]
+        if _runs_torchs_forward(module):
+            module.__class__ = _low_precision_class(type(module))
+        if isinstance(module, LPLayerNorm):
+            module._lowering = request.lowering()
             changed[name] = module
     if not changed:
         warnings.warn(
@@ -141,10 +141,11 @@ def revert_low_precision_layernorm(model: torch.nn.Module) -> dict[str, torch.nn
     _check_is_module(model, "revert_low_precision_layernorm")
     changed: dict[str, torch.nn.LayerNorm] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LPLayerNorm):
-            module.__class__ = _original_class(type(module))  # type: ignore[assignment]
+        original = _original_class(type(module))
+        if original is not None:
+            module.__class__ = original
             del module._lowering
-            changed[name] = module
+            changed[name] = cast(torch.nn.LayerNorm, module)
     return changed
 
 
@@ -160,7 +161,7 @@ def _check_is_module(model: object, function: str) -> None:
         raise TypeError(f"{function}() takes a torch.nn.Module, not {model!r}.")
 
 
-def _runs_torchs_forward(module: torch.nn.Module) -> bool:
+def _runs_torchs_forward(module: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm]:
     return (
         isinstance(module, torch.nn.LayerNorm)
         and type(module).forward is torch.nn.LayerNorm.forward
@@ -179,11 +180,9 @@ def _low_precision_class(original: type[torch.nn.LayerNorm]) -> type[LPLayerNorm
     return _classes[original]
 
 
-def _original_class(cls: type[torch.nn.LayerNorm]) -> type[torch.nn.LayerNorm]:
-    if not issubclass(cls, LPLayerNorm):
-        return cls
-    original: type[torch.nn.LayerNorm] = vars(cls).get("_original", torch.nn.LayerNorm)
-    return original
+def _original_class(cls: type[torch.nn.Module]) -> type[torch.nn.LayerNorm] | None:
+    """What `cls` was made of here. None if it was not, as a user's subclass of LPLayerNorm."""
+    return torch.nn.LayerNorm if cls is LPLayerNorm else vars(cls).get("_original")
 
 
 def _new_instance(original: type[torch.nn.LayerNorm]) -> LPLayerNorm:

@@ -193,6 +193,20 @@ def test_values_and_gradients_are_the_global_patchs(layer_norm):
             assert torch.equal(g, e)
 
 
+def test_subclass_of_lplayernorm_keeps_its_class():
+    """A class that a user derives from LPLayerNorm takes a new precision, and is not reverted."""
+
+    class Mine(LPLayerNorm):
+        pass
+
+    norm = Mine(8)
+    assert apply_low_precision_layernorm(norm, "amp_bf16") == {"": norm}
+    assert type(norm) is Mine
+    assert norm._lowering.precision == "amp_bf16"
+    assert revert_low_precision_layernorm(norm) == {}
+    assert output_dtype(norm) is BF16
+
+
 def test_class_on_its_own():
     """LPLayerNorm takes LayerNorm's arguments, and a precision; exempt() holds for it too."""
     norm = LPLayerNorm(8, eps=1e-3, elementwise_affine=False)
@@ -273,6 +287,8 @@ def test_parametrized_layernorm():
         torch.testing.assert_close(norm(x), expected.to(BF16))
     revert_low_precision_layernorm(norm)
     assert torch.equal(norm(x), expected)
+    nn.utils.parametrize.remove_parametrizations(norm, "weight")
+    assert type(norm) is nn.LayerNorm
 
 
 FULLY_SHARD = """
