@@ -59,7 +59,7 @@ def test_unusable_device_is_refused(name):
     module = f"lpln_autopatch.bench.{name}"
     result = run_python("-m", module, "--device", "toaster", check=False)
     assert result.returncode == 1
-    assert result.stderr.startswith("--device toaster cannot be used here: ")
+    assert result.stderr.splitlines()[-1].startswith("--device toaster cannot be used here: ")
     assert "Traceback" not in result.stderr
 
 
