@@ -60,6 +60,9 @@ def forward_mode_is_on() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+# until torch 2.2: stock LayerNorm on CPU refuses a low-precision x with float32 parameters.
+CPU_TAKES_MIXED_DTYPES = TORCH_VERSION >= (2, 2)
+
 # until torch 1.13: LayerNorm on CUDA has no bfloat16 kernel.
 CUDA_NORMALISES_BFLOAT16 = TORCH_VERSION >= (1, 13)
 
