@@ -292,11 +292,11 @@ def test_parametrized_layernorm():
 
 
 FULLY_SHARD = """
-import torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from lpln_autopatch import apply_low_precision_layernorm
-dist.init_process_group("gloo", rank=0, world_size=1, init_method="tcp://127.0.0.1:29731")
+dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{sys.argv[1]}")
 
 def dtype_and_backward(model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -309,13 +309,15 @@ print(len(apply_low_precision_layernorm(norm)), dtype_and_backward(norm))
 ddp = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)))
 print(len(apply_low_precision_layernorm(ddp)), dtype_and_backward(ddp))
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads sometimes abort the process while the interpreter shuts down
 """
 
 
 @pytest.mark.skipif(TORCH_VERSION < (2, 6), reason="fully_shard is public in torch >= 2.6")
-def test_fully_sharded_and_ddp_models():
+def test_fully_sharded_and_ddp_models(tmp_path):
     """Surgery on what fully_shard made of a LayerNorm, and inside a DDP wrapper that exists."""
-    result = run_python("-c", FULLY_SHARD)
+    result = run_python("-c", FULLY_SHARD, str(tmp_path / "rendezvous"))
     assert result.stdout.split() == ["1", "torch.bfloat16"] * 2
 
 
