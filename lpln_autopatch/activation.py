@@ -67,6 +67,7 @@ class low_precision_layernorm(contextlib.ContextDecorator):
 
     Raises:
         ValueError: precision or backend is not a valid name.
+        ImportError: the backend cannot be used here.
         TypeError: what it decorates is a generator or coroutine function: its body would run
             after the block had closed. Or it is used as a decorator without parentheses.
     """

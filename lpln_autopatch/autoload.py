@@ -37,15 +37,15 @@ def on_torch_import(torch: object = None) -> None:
     # a whole one is imported if it is needed, which then is what its importer gets, too.
     halves = {
         name: module
-        for name, module in sys.modules.items()
+        for name, module in list(sys.modules.items())
         if name.startswith("lpln_autopatch.") and getattr(module.__spec__, "_initializing", False)
     }
     for name in halves:
         del sys.modules[name]
 
-    from lpln_autopatch.activation import enable_from
-
     try:
+        from lpln_autopatch.activation import enable_from
+
         enable_from(value, "auto", "environment", _VARIABLE)
     except (ValueError, ImportError) as error:
         reason = str(error).rstrip(".")
