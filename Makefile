@@ -7,7 +7,7 @@ VENV := .venv-$(subst =,,$(firstword $(TORCH)))
 INSTALLED := $(VENV)/installed
 EXAMPLE := docs/examples/train.py
 
-.PHONY: demo test test-composer lint clean
+.PHONY: demo test test-fused test-composer lint clean
 
 # The same training script twice, without and with LPLN_PRECISION, and both results side by side.
 demo: $(INSTALLED)
@@ -20,6 +20,12 @@ demo: $(INSTALLED)
 # pytest's own command does not put the checkout on sys.path: what is tested is the wheel.
 test: $(INSTALLED)
 	$(VENV)/bin/pytest
+
+# The Triton kernels, on the CPU: the interpreter needs NumPy. Where there is a GPU, `make test`
+# runs them on it.
+test-fused: $(INSTALLED)
+	$(VENV)/bin/pip install --quiet triton numpy
+	TRITON_INTERPRET=1 $(VENV)/bin/pytest tests/test_fused.py
 
 # Composer pins an old torch; without its pins it runs on the newest.
 test-composer: $(INSTALLED)

@@ -141,8 +141,13 @@ class _FusedLayerNorm(torch.autograd.Function):
         x, weight, bias, statistics = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
         backward = _launch().backward
-        # With create_graph what comes out is differentiated again; dy may be a batch of vmap's.
-        if torch.is_grad_enabled() or something_intercepts_operators() or type(dy) not in _PLAIN:
+        # With create_graph what comes out is differentiated again; dy may be a batch of gradients.
+        if (
+            torch.is_grad_enabled()
+            or something_intercepts_operators()
+            or type(dy) not in _PLAIN
+            or torch._C._functorch.is_legacy_batchedtensor(dy)
+        ):
             backward = _backward_natively
         dx, dweight, dbias = backward(dy, x, ctx.n_dims, weight, bias, statistics, wanted)
         return dx, None, dweight, dbias, None, None
@@ -158,15 +163,18 @@ def _backward_natively(
     wanted: Sequence[bool],
 ) -> tuple[torch.Tensor | None, ...]:
     """`launch.backward` in operators of PyTorch's, which know their own derivatives."""
+    shape = x.shape[-n_dims:]
     mean, rstd = statistics.view(2, *x.shape[:-n_dims], *[1] * n_dims)
+    # Ones for no weight: with a bias alone PyTorch's own double backward fails (2.13, 2.15).
+    scale = statistics.new_ones(shape) if weight is None else weight.float()
     gradients = torch.ops.aten.native_layer_norm_backward(
         dy.float(),
         x.float(),
-        x.shape[-n_dims:],
+        shape,
         mean,
         rstd,
-        None if weight is None else weight.float(),
-        None if bias is None else bias.float(),
+        scale,
+        bias if bias is None else bias.float(),
         wanted,
     )
     return tuple(

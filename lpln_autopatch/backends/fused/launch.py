@@ -55,7 +55,19 @@ def forward(
     x, *layout = _layout(x, n_dims)
     with _on_device_of(x):
         kernel[(-(-m // rows),)](
-            x, weight, bias, y, statistics, m, n, eps, *layout, rows, block, num_warps=warps, **_OPTIONS
+            x,
+            weight,
+            bias,
+            y,
+            statistics,
+            m,
+            n,
+            eps,
+            *layout,
+            rows,
+            block,
+            num_warps=warps,
+            **_OPTIONS,
         )
     return y
 
