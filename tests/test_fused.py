@@ -334,6 +334,8 @@ def test_wrong_shapes_get_pytorchs_own_error():
         fused.normalise(x, (9,), torch.ones(9, device=DEVICE), None, 1e-5, BF16)
     with pytest.raises(RuntimeError, match="weight"):
         fused.normalise(x, shape, w[:7], b, 1e-5, BF16)
+    with pytest.raises(RuntimeError, match="at least 1-dimensional"):
+        fused.normalise(x[0, 0], (), None, None, 1e-5, BF16)
 
 
 @runs_kernels
@@ -498,10 +500,11 @@ def test_more_elements_than_32_bits_count():
 
 
 def test_kernels_compile_for_a_gpu_that_is_not_here():
-    """Triton compiles each for compute capability 9.0, down to machine code."""
+    """Triton compiles each for compute capability 9.0, with every argument, and without some."""
     pytest.importorskip("triton", reason="`make test-fused`, in CI, installs Triton")
     printed = run_python("-c", COMPILE, TRITON_INTERPRET="0").stdout
-    assert printed.split() == ["forward", "forward_looped", "backward", "backward_looped", "reduce"]
+    kernels = ["forward", "forward_looped", "backward", "backward_looped", "reduce"]
+    assert printed.split() == [kernel for kernel in kernels for _ in range(3)]
 
 
 COMPILE = textwrap.dedent(
@@ -511,17 +514,33 @@ COMPILE = textwrap.dedent(
     from lpln_autopatch.backends.fused import kernels
 
     TYPES = dict(
-        x="*bf16", weight="*fp32", bias="*fp32", y="*bf16", dy="*bf16", dx="*bf16",
-        statistics="*fp32", partials="*fp32", dweight="*fp32", dbias="*fp32", eps="fp32",
-        ROWS="constexpr", BLOCK="constexpr",
+        x="*bf16", weight="*fp32", bias="*fp64", y="*bf16", dy="*bf16", dx="*bf16",
+        statistics="*fp32", partials="*fp32", dweight="*fp32", dbias="*fp64", eps="fp32",
     )
+    # As Triton specialises them: what is None, and an integer that is 1, is a constant.
+    ABSENT = [
+        {},
+        dict(weight=None, dx=None, dweight=None, x_inner=1),
+        dict(bias=None, partials=None, dbias=None, x_inner=1, dy_inner=1),
+    ]
     for name in ("forward", "forward_looped", "backward", "backward_looped", "reduce"):
         kernel = getattr(kernels, name)
-        signature = {argument: TYPES.get(argument, "i32") for argument in kernel.arg_names}
-        source = triton.compiler.ASTSource(kernel, signature, {"ROWS": 4, "BLOCK": 2048})
-        compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"enable_fp_fusion": True})
-        assert compiled.asm["cubin"]
-        print(name)
+        for absent in ABSENT:
+            constants = {"ROWS": 4, "BLOCK": 2048, **absent}
+            if name.startswith("forward") and absent:
+                constants["statistics"] = None
+            if name == "reduce":
+                constants.pop("partials", None)
+            constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+            signature = {
+                argument: "constexpr" if argument in constants else TYPES.get(argument, "i32")
+                for argument in kernel.arg_names
+            }
+            source = triton.compiler.ASTSource(kernel, signature, constants)
+            options = {"enable_fp_fusion": True}
+            compiled = triton.compile(source, GPUTarget("cuda", 90, 32), options)
+            assert compiled.asm["cubin"]
+            print(name)
     """
 )
 

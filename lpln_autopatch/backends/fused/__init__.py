@@ -94,8 +94,9 @@ def _takes(
         (x.is_cuda or (x.is_cpu and _launch().INTERPRETED))
         and x.dtype in _X_DTYPES
         and type(x) in _PLAIN
-        # Another shape gets PyTorch's own error.
+        # Another shape, or none, gets PyTorch's own error.
         and rows_of == shape
+        and len(shape) > 0
         and x.numel() > 0
         and rows_of.numel() <= MAX_FEATURES
         and _takes_parameter(weight, x, shape)
