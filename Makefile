@@ -1,5 +1,5 @@
-# make demo, make test and make lint need Python 3.10 or later and nothing else: they create a
-# virtual environment and install torch and the tools for development in it.
+# Everything here needs Python 3.10 or later and nothing else: it creates a virtual environment and
+# installs torch and the tools for development in it.
 #   TORCH=torch==2.13.0 make test     with that torch, in a virtual environment of its own
 PYTHON ?= python3
 TORCH ?= torch
@@ -7,7 +7,7 @@ VENV := .venv-$(subst =,,$(firstword $(TORCH)))
 INSTALLED := $(VENV)/installed
 EXAMPLE := docs/examples/train.py
 
-.PHONY: demo test test-composer lint clean
+.PHONY: demo test test-composer lint docs clean
 
 # The same training script twice, without and with LPLN_PRECISION, and both results side by side.
 demo: $(INSTALLED)
@@ -33,6 +33,12 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The site, in build/site. Strict: a warning, as of a link or a docstring, is an error. The variable
+# keeps the theme from printing news of its successor.
+docs: $(INSTALLED)
+	$(VENV)/bin/pip install --quiet "$$(echo $(VENV)/wheel/*.whl)[docs]" $(TORCH)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict --config-file .mkdocs.yml
 
 clean:
 	rm -rf .venv-* build dist
