@@ -39,6 +39,7 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(VENV)/bin/pip install --quiet "$$(echo $(VENV)/wheel/*.whl)[docs]" $(TORCH)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict --config-file .mkdocs.yml
+	LPLN_TEST_SITE=build/site $(VENV)/bin/pytest --quiet tests/test_site.py
 
 clean:
 	rm -rf .venv-* build dist
