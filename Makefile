@@ -7,7 +7,7 @@ VENV := .venv-$(subst =,,$(firstword $(TORCH)))
 INSTALLED := $(VENV)/installed
 EXAMPLE := docs/examples/train.py
 
-.PHONY: demo test test-composer lint docs clean
+.PHONY: demo test test-composer lint docs dist clean
 
 # The same training script twice, without and with LPLN_PRECISION, and both results side by side.
 demo: $(INSTALLED)
@@ -35,11 +35,20 @@ lint: $(INSTALLED)
 	$(VENV)/bin/mypy
 
 # The site, in build/site. Strict: a warning, as of a link or a docstring, is an error. The variable
-# keeps the theme from printing news of its successor.
+# keeps the theme from printing news of its successor. (With --quiet, --strict sees no warnings.)
 docs: $(INSTALLED)
 	$(VENV)/bin/pip install --quiet "$$(echo $(VENV)/wheel/*.whl)[docs]" $(TORCH)
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict --config-file .mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --config-file .mkdocs.yml
 	LPLN_TEST_SITE=build/site $(VENV)/bin/pytest --quiet tests/test_site.py
+
+# dist holds the wheel and the sdist of a release: their metadata is what an index accepts, they are
+# built again to the same bytes, and installed, upgraded and uninstalled in an environment with torch.
+dist: $(INSTALLED)
+	rm -rf dist
+	$(VENV)/bin/pip install --quiet "build>=1.2" "twine>=6"
+	$(VENV)/bin/pyproject-build --outdir dist .
+	$(VENV)/bin/twine check --strict dist/*
+	LPLN_TEST_DIST=dist $(VENV)/bin/pytest tests/test_release.py
 
 clean:
 	rm -rf .venv-* build dist
