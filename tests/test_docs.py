@@ -104,7 +104,7 @@ def run_python_block(block: Block, folder: Path) -> str:
     missing = sorted(name for name in libraries if importlib.util.find_spec(name) is None)
     if missing:
         pytest.skip(f"needs {', '.join(missing)}; CI runs it with the tests of that integration")
-    script = folder / f"{block.page.stem}.py"
+    script = folder / f"{block.page.stem}_{block.line}.py"
     script.write_text("\n" * (block.line - 1) + block.code)  # a traceback gives the page's lines
     return run([sys.executable, str(script)], folder)
 
