@@ -16,27 +16,7 @@ from lpln_autopatch.precision import Precision
 
 
 class Backend(Protocol):
-    """Normalise `x` over its trailing dimensions in the autocast dtype, differentiably.
-
-    Called in eager mode only, under the autocast that is in force, with the arguments of
-    `torch.nn.functional.layer_norm` and the dtype of the output.
-
-    Args:
-        x: Input, shape (..., *normalized_shape), any floating dtype but float64.
-        normalized_shape: The trailing dimensions over which to normalise.
-        weight: Scale, shape normalized_shape, any floating dtype, or None.
-        bias: Shift, shape normalized_shape, any floating dtype, or None.
-        eps: Added to the variance.
-        dtype: The autocast dtype of x's device, float16 or bfloat16.
-
-    Returns:
-        Tensor of the shape of `x`, in `dtype`. Statistics are computed in float32; x, weight
-        and bias may be rounded to `dtype` first.
-
-    Raises:
-        RuntimeError: trailing dimensions of `x` differ from normalized_shape (PyTorch's own
-            message).
-    """
+    """What normalises a lowered call, in eager mode: a function, or anything callable."""
 
     def __call__(
         self,
@@ -46,7 +26,28 @@ class Backend(Protocol):
         bias: torch.Tensor | None,
         eps: float,
         dtype: torch.dtype,
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """Normalise `x` over its trailing dimensions in the autocast dtype, differentiably.
+
+        Called under the autocast that is in force, with the arguments of
+        `torch.nn.functional.layer_norm` and the dtype of the output.
+
+        Args:
+            x: Input, shape (..., *normalized_shape), any floating dtype but float64.
+            normalized_shape: The trailing dimensions over which to normalise.
+            weight: Scale, shape normalized_shape, any floating dtype, or None.
+            bias: Shift, shape normalized_shape, any floating dtype, or None.
+            eps: Added to the variance.
+            dtype: The autocast dtype of x's device, float16 or bfloat16.
+
+        Returns:
+            Tensor of the shape of `x`, in `dtype`. Statistics are computed in float32; x, weight
+            and bias may be rounded to `dtype` first.
+
+        Raises:
+            RuntimeError: trailing dimensions of `x` differ from normalized_shape (PyTorch's own
+                message).
+        """
 
 
 GROUP = "lpln_autopatch.backends"
