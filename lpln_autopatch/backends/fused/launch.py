@@ -49,7 +49,7 @@ def forward(
         Tensor of the shape of `x`, contiguous, in `dtype`.
     """
     m, n = x.shape[:-n_dims].numel(), x.shape[-n_dims:].numel()
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = x.new_empty(x.shape, dtype=dtype)
     rows, block, warps = _tile(n, _ONE_BLOCK_FORWARD)
     kernel = kernels.forward if block >= n else kernels.forward_looped
     x, *layout = _layout(x, n_dims)
@@ -90,13 +90,13 @@ def backward(
     rows, block, warps = _tile(n, _ONE_BLOCK_BACKWARD)
     programs = _multiprocessors(x.device) * max(1, _WARPS_PER_MULTIPROCESSOR // warps)
     programs = min(programs, -(-m // rows))
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted[0] else None
+    dx = x.new_empty(x.shape) if wanted[0] else None
     dweight = torch.empty_like(weight) if weight is not None and wanted[1] else None
     dbias = torch.empty_like(bias) if bias is not None and wanted[2] else None
     kernel = kernels.backward if block >= n else kernels.backward_looped
     partials = None
     if dweight is not None or dbias is not None:
-        partials = torch.empty((2, programs, n), dtype=torch.float32, device=x.device)
+        partials = x.new_empty((2, programs, n), dtype=torch.float32)
         if block < n:
             partials.zero_()
     x, *x_layout = _layout(x, n_dims)
