@@ -88,8 +88,12 @@ def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
                 f"{argument}={name!r}: the backend {entry_point.value} does not load: {error!r}. "
                 "Repair or uninstall it, or name another one."
             ) from error
-    valid = ["auto", *_BUILT_IN, *(entry_point.name for entry_point in entry_points(group=GROUP))]
-    raise ValueError(f"{argument}={name!r} is not a backend. Valid: {', '.join(valid)}.")
+    raise ValueError(f"{argument}={name!r} is not a backend. Valid: auto, {', '.join(names())}.")
+
+
+def names() -> list[str]:
+    """Every backend that can be named here, usable or not."""
+    return [*_BUILT_IN, *(entry_point.name for entry_point in entry_points(group=GROUP))]
 
 
 def automatic(precision: Precision) -> str:
