@@ -7,24 +7,18 @@ import sys
 import types
 
 import pytest
-from support import ROOT, run_python
+from support import A_ROUTE, run_python
 
 from lpln_autopatch.__main__ import main
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
-SITECUSTOMIZE = {
-    "PYTHONPATH": str(ROOT / "sitecustomize_example"),
-    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-}
 ROUTES = {
     "torch.backends": {},
-    "sitecustomize": SITECUSTOMIZE,
+    "sitecustomize": A_ROUTE,
     "autowrapt": {"AUTOWRAPT_BOOTSTRAP": "lpln_autopatch", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
 }
 if TORCH_VERSION < (2, 5):
     del ROUTES["torch.backends"]
-# One that works on every torch.
-A_ROUTE = SITECUSTOMIZE
 
 
 def doctor(**environment):
@@ -94,7 +88,7 @@ def replace(torch):
 wrapt.register_post_import_hook(replace, "torch")
 """
     )
-    path = f"{SITECUSTOMIZE['PYTHONPATH']}:{tmp_path}"
+    path = f"{A_ROUTE['PYTHONPATH']}:{tmp_path}"
     status, found = doctor(LPLN_PRECISION="amp", **{**A_ROUTE, "PYTHONPATH": path})
     assert status == 1
     assert (
@@ -120,7 +114,7 @@ def test_backends_are_listed_usable_or_not(tmp_path):
     (info / "entry_points.txt").write_text(
         "[lpln_autopatch.backends]\nrefuses = thirdparty:refuses\nbroken = thirdparty:missing\n"
     )
-    path = f"{SITECUSTOMIZE['PYTHONPATH']}:{tmp_path}"
+    path = f"{A_ROUTE['PYTHONPATH']}:{tmp_path}"
     environment = {**A_ROUTE, "PYTHONPATH": path, "LPLN_BACKEND": "refuses"}
     status, found = doctor(LPLN_PRECISION="amp", **environment)
     assert status == 1
