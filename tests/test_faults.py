@@ -104,7 +104,10 @@ def test_patcher_between_two_of_our_activations(second, layer_norm):
 
 
 def test_patcher_of_checkpoint_is_left_in_place():
-    """Somebody's wrapper on what checkpoint calls stays above ours, and the warning names it."""
+    """Somebody's wrapper on what checkpoint calls stays above ours, and disable() warns of it.
+
+    A backward after that recomputes, and warns of nothing.
+    """
     checkpoint = torch.utils.checkpoint
     path = list(CHECKPOINT_ENTRIES)[1]
     *owner, name = path.split(".")
@@ -124,7 +127,10 @@ def test_patcher_of_checkpoint_is_left_in_place():
             lpln.disable()
         assert vars(holder)[name] is theirs
         x = torch.randn(4, 8, requires_grad=True)
-        checkpoint.checkpoint(torch.nn.LayerNorm(8), x, use_reentrant=False).sum().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            y = checkpoint.checkpoint(torch.nn.LayerNorm(8), x, use_reentrant=False)
+            y.sum().backward()
         assert x.grad is not None
         assert calls == [name]
     finally:
@@ -182,6 +188,37 @@ def test_activation_while_threads_run_forward(layer_norm, how):
     assert seen == {FP32, BF16}
     assert vars(LayerNorm)["forward"] is original
     assert not lpln.status().installed
+
+
+@needs_dynamo
+def test_blocks_while_a_thread_runs_compiled_code(layer_norm):
+    """Once both variants are compiled, blocks that open and close reach another thread's calls."""
+    compiled = torch.compile(layer_norm, backend="eager")
+    x = torch.randn(4, 8)
+    for _ in range(2):
+        with low_precision_layernorm("bf16"):
+            assert output_dtype(compiled, x) is BF16
+        assert output_dtype(compiled, x) is FP32
+    stop, errors, seen = threading.Event(), [], set()
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                seen.add(output_dtype(compiled, x))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    deadline = time.monotonic() + 60
+    while seen != {FP32, BF16} and not errors and time.monotonic() < deadline:
+        with low_precision_layernorm("bf16"):
+            time.sleep(0.01)
+        time.sleep(0.01)
+    stop.set()
+    thread.join()
+    assert errors == []
+    assert seen == {FP32, BF16}
 
 
 # Forks.
