@@ -20,7 +20,7 @@ from support import A_ROUTE, autocast, needs_dynamo, output_dtype, run_python
 
 import lpln_autopatch as lpln
 from lpln_autopatch import backends, low_precision_layernorm
-from lpln_autopatch.torch_compat import CHECKPOINT_ENTRIES, autocast_dtype
+from lpln_autopatch.torch_compat import CHECKPOINT_ENTRIES, TORCH_VERSION, autocast_dtype
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LayerNorm = torch.nn.LayerNorm
@@ -377,16 +377,27 @@ try:
     import torch
 except ImportError as error:
     print(error, "lpln_autopatch.activation" in sys.modules)
-import torch
+try:
+    import torch
+except ImportError as error:
+    sys.exit("torch refuses" if "once per process" in str(error) else repr(error))
 import lpln_autopatch
 print(dtype(), lpln_autopatch.status().source)
 """
 
 
 def test_import_of_torch_that_fails_and_is_repeated():
-    """Nothing happens at the failure, whose error passes; the import that succeeds activates."""
-    result = run_python("-c", DTYPE + FAILS_ONCE, LPLN_PRECISION="amp", **A_ROUTE)
-    assert result.stdout.splitlines() == ["not yet False", "torch.bfloat16 environment"]
+    """Nothing happens at the failure, whose error passes; an import that succeeds activates.
+
+    torch 2.15 refuses the second by itself; 2.13 and 1.13 do not.
+    """
+    result = run_python("-c", DTYPE + FAILS_ONCE, check=False, LPLN_PRECISION="amp", **A_ROUTE)
+    first, *second = result.stdout.splitlines()
+    assert first == "not yet False"
+    if TORCH_VERSION < (2, 14):
+        assert second == ["torch.bfloat16 environment"]
+    else:
+        assert second == ["torch.bfloat16 environment"] or "torch refuses" in result.stderr
 
 
 # A backend that fails to load.
