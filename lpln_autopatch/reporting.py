@@ -114,28 +114,25 @@ def report(model: torch.nn.Module) -> Report:
     Args:
         model: Any module, compiled or wrapped for distribution or not.
 
+    Returns:
+        One row for each, and what is in force. Prints as a table.
+
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"report() takes a torch.nn.Module, not {model!r}.")
-    names = defaultdict(list, {id(model): [""]})
-    rows = []
     # Not named_modules(remove_duplicate=False), which never ends where modules form a cycle.
+    names = defaultdict(list, {id(model): [""]})
     for name, module in model.named_modules():
         for child_name, child in module._modules.items():
             names[id(child)].append(f"{name}.{child_name}" if name else child_name)
-        if (verdict := _judge(name, module)) is not None:
-            rows.append((module, Row(name, type(module), *verdict)))
-    return Report(
-        tuple(
-            dataclasses.replace(
-                row, other_names=tuple(n for n in names[id(module)] if n != row.name)
-            )
-            for module, row in rows
-        ),
-        _in_force(),
-    )
+    rows = []
+    for name, module in model.named_modules():
+        if (judgement := _judge(name, module)) is not None:
+            others = tuple(other for other in names[id(module)] if other != name)
+            rows.append(Row(name, type(module), *judgement, others))
+    return Report(tuple(rows), _in_force())
 
 
 _Judgement = tuple[Verdict, str]
