@@ -14,6 +14,12 @@ from lpln_autopatch.torch_compat import TORCH_VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# The variables of the one route of zero code that works on every torch.
+A_ROUTE = {
+    "PYTHONPATH": str(ROOT / "sitecustomize_example"),
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+}
+
 needs_dynamo = pytest.mark.skipif(
     TORCH_VERSION < (2, 5),
     reason="before torch 2.5 Dynamo does not trace LayerNorm.forward; CI runs this on later ones",

@@ -238,6 +238,7 @@ def test_unset_costs_less_than_a_millisecond():
         "import lpln_autopatch.forward",
         "import lpln_autopatch.torch_compat",
         "from lpln_autopatch import LPLayerNorm, apply_low_precision_layernorm",
+        "from lpln_autopatch import report",
     ],
 )
 def test_our_import_before_torchs(first):
