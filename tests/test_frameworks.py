@@ -207,3 +207,19 @@ def test_timm_vit_is_left_to_timm(timm_model, images, fast_norm):
     stock = step(timm_model("vit", fast_norm), images, lower=False)
     assert set(stock[0]) == (BF16 if fast_norm else FP32)
     assert step(timm_model("vit", fast_norm), images, lower=True) == stock
+
+
+def test_integrations_are_imported_by_nobody_else():
+    """All other modules of the package together import none of `integrations`, and no library."""
+    code = """
+import contextlib, importlib, pkgutil, sys, lpln_autopatch
+for module in pkgutil.walk_packages(lpln_autopatch.__path__, "lpln_autopatch."):
+    if not module.name.startswith(("lpln_autopatch.integrations", "lpln_autopatch.__main__")):
+        with contextlib.suppress(ImportError):  # a backend whose library is missing
+            importlib.import_module(module.name)
+libraries = ("accelerate", "composer", "lightning", "pytorch_lightning", "timm", "transformers")
+print("lpln_autopatch.forward" in sys.modules, [
+    n for n in sys.modules if n in libraries or n.startswith("lpln_autopatch.integrations.")
+])
+"""
+    assert run_python("-c", code).stdout == "True []\n"
