@@ -57,8 +57,10 @@ LOADER = torch.utils.data.DataLoader(
 )
 
 def make_trainer(*callbacks, precision="bf16-mixed", **options):
+    # One callback may come without a list; then the class has to be the package's own.
+    callbacks = callbacks[0] if len(callbacks) == 1 else list(callbacks)
     return pl.Trainer(
-        accelerator="cpu", precision=precision, max_epochs=1, callbacks=list(callbacks),
+        accelerator="cpu", precision=precision, max_epochs=1, callbacks=callbacks,
         logger=False, enable_progress_bar=False, num_sanity_val_steps=0, enable_model_summary=False,
         default_root_dir=tempfile.mkdtemp(), **{"enable_checkpointing": False, **options},
     )

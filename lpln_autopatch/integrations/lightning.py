@@ -60,12 +60,10 @@ class LowPrecisionLayerNorm(*_callback_classes()):  # type: ignore[misc]
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Enter the block where `fit` begins."""
         if stage == "fit":
-            # Lightning calls nothing more of ours if another callback's on_exception raises.
-            self._entered.close()
             self._entered.enter_context(self._block)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave it where `fit` ends."""
+        """Leave it where `fit` ends, and any that another callback's on_exception kept open."""
         self._entered.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

@@ -50,10 +50,8 @@ class LowPrecisionLayerNorm(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Enter the block."""
-        # Still open if the last `train` raised: `auto_find_batch_size` tries again without an end.
-        self._entered.close()
         self._entered.enter_context(self._block)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave it."""
+        """Leave it, and those of trainings that raised: `auto_find_batch_size` tries again."""
         self._entered.close()
