@@ -46,6 +46,7 @@ class LowPrecisionLayerNorm(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._block = low_precision_layernorm(precision, backend)
         self._entered = contextlib.ExitStack()
+        # The Trainer tells nobody that `train` raised: the block then goes with the callback.
         weakref.finalize(self, self._entered.close).atexit = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
