@@ -37,7 +37,10 @@ test-composer: $(INSTALLED)
 
 test-frameworks: $(INSTALLED)
 	$(VENV)/bin/pip install --quiet "$$(echo $(VENV)/wheel/*.whl)[frameworks]" $(TORCH)
-	LPLN_TEST_FRAMEWORKS=1 $(VENV)/bin/pytest tests/test_report_on_models.py
+	LPLN_TEST_FRAMEWORKS=1 $(VENV)/bin/pytest tests/test_report_on_models.py \
+	  tests/test_frameworks.py tests/test_lightning.py tests/test_transformers.py \
+	  tests/test_distributed.py
+	$(VENV)/bin/pytest tests/test_docs.py -k integrations
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
