@@ -1,0 +1,107 @@
+"""What a language model learns, stock and lowered: does it cost quality, does it spike?
+
+The model of docs/examples, trained on the sources of Python's standard library from several seeds.
+Stock and lowered get the same initial weights and the same batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from lpln_autopatch.bench import timing
+from lpln_autopatch.bench.options import Options
+from lpln_autopatch.bench.results import Figure, Row, short
+from lpln_autopatch.bench.rivals import STOCK, Contender, sift
+from lpln_autopatch.bench.timing import Progress
+
+LOWERED = Contender("lowered", backend="auto")
+
+
+def run(options: Options, progress: Progress) -> list[Row]:
+    """Train both from every seed, in every autocast dtype."""
+    example: Any = import_module("lpln_autopatch.bench.example")
+    dtypes = options.dtypes or [torch.bfloat16] + [torch.float16] * (not options.quick)
+    seeds = options.seeds or (2 if options.quick else 5)
+    steps = options.steps or (20 if options.quick else 400)
+    progress.reset(2 * len(dtypes) * seeds * steps)
+    arguments = ["--device", options.device.type, "--steps", str(steps)]
+    if options.quick:
+        arguments += ["--width", "32", "--layers", "2", "--heads", "2", "--context", "32"]
+    text = example.standard_library_text()
+    rows: list[Row] = []
+    for dtype in dtypes:
+        progress.set_description_str(f"loss, {short(dtype)}")
+        case = {"autocast": short(dtype), "steps": steps, "seeds": seeds}
+        typed = [*arguments, "--dtype", short(dtype)]
+
+        def curves(contender: Contender, typed: list[str] = typed) -> list[list[float]]:
+            trainings = (
+                example.Training(example.parse_arguments([*typed, "--seed", str(seed)]), text)
+                for seed in range(seeds)
+            )
+            return [_train(training, contender, steps, progress) for training in trainings]
+
+        passed, reasons = sift((STOCK, LOWERED), options.device, curves)
+        rows += [Row(case, contender.name, reason=reason) for contender, reason in reasons.items()]
+        for contender, losses in passed.items():
+            figures = _figures(losses, passed.get(STOCK, losses))
+            rows.append(Row(case, contender.name, figures, curves=losses))
+    return rows
+
+
+def _train(training: Any, contender: Contender, steps: int, progress: Progress) -> list[float]:
+    """The loss of each step.
+
+    Raises:
+        WrongResult: that of the first, of the untrained model, is not what float64 gives.
+    """
+    exact = _loss_in_float64(training)
+    losses: list[torch.Tensor] = []
+    with contender.applied(training.model):
+        for _ in range(steps):
+            losses.append(training.step())
+            progress.update()
+    error = timing.relative_error(losses[0], exact)
+    limit = 4 * torch.finfo(getattr(torch, training.args.dtype)).eps
+    timing.require({"the first loss": error}, {"the first loss": limit})
+    return [loss.item() for loss in losses]
+
+
+def _loss_in_float64(training: Any) -> torch.Tensor:
+    """The loss of the next batch, which the training still gets."""
+    next_batch = training.generator.get_state()
+    example: Any = import_module("lpln_autopatch.bench.example")
+    batch = example.sample_batch(training.text, training.args, training.generator)
+    training.generator.set_state(next_batch)
+    with torch.no_grad():
+        loss: torch.Tensor = copy.deepcopy(training.model).double()(*batch)
+    return loss
+
+
+def _figures(
+    curves: Sequence[Sequence[float]], stock: Sequence[Sequence[float]]
+) -> dict[str, Figure]:
+    """Final losses (means of the last tenth of the steps) over the seeds, beside those of stock."""
+    final, stocks = (
+        [statistics.fmean(c[-(len(c) // 10) :]) for c in each] for each in (curves, stock)
+    )
+    differences = [ours - theirs for ours, theirs in zip(final, stocks, strict=True)]
+    return {
+        "final loss": statistics.fmean(final),
+        "spread of seeds": statistics.stdev(final),
+        "minus stock": statistics.fmean(differences),
+        "largest minus stock": max(differences, key=abs),
+        "largest rise": max(map(_largest_rise, curves)),
+    }
+
+
+def _largest_rise(curve: Sequence[float], window: int = 10) -> float:
+    """How far a loss is above the mean of the ten before it, at most: a spike."""
+    before = (curve[i - window : i] for i in range(window, len(curve)))
+    return max(loss - statistics.fmean(b) for loss, b in zip(curve[window:], before, strict=True))
