@@ -84,7 +84,8 @@ class Layer:
         """Its output dtype, and its errors, of the output rounded to the autocast dtype.
 
         Raises:
-            WrongResult: an error is larger than the precision explains.
+            WrongResult: it ran stock and should not, or an error is larger than its precision
+                explains.
         """
         run: Callable[[Tensor], Tensor] = self.module
         if contender.compiled:
@@ -92,13 +93,13 @@ class Layer:
         self._runs[contender] = run
         with self._context(contender):
             got = _results(run, self.module, self.xs[0], self.upstreams[0])
-        dtype = got["y"].dtype
+        gives = contender.gives([got["y"].dtype], self.case.autocast)
         got["y"] = got["y"].to(self.case.autocast)
         errors = {name: timing.relative_error(got[name], exact[name]) for name in exact}
         limit = 4 * torch.finfo(self.case.autocast).eps
         limits = {name: limit if name in ("y", "dx") else PARAMETER_LIMIT for name in errors}
         timing.require(errors, limits)
-        return {"gives": short(dtype), **{f"error {n}": error for n, error in errors.items()}}
+        return {"gives": gives, **{f"error {n}": error for n, error in errors.items()}}
 
     @contextlib.contextmanager
     def _context(self, contender: Contender) -> Iterator[None]:

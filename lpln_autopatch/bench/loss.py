@@ -25,60 +25,74 @@ LOWERED = Contender("lowered", backend="auto")
 
 def run(options: Options, progress: Progress) -> list[Row]:
     """Train both from every seed, in every autocast dtype."""
-    example: Any = import_module("lpln_autopatch.bench.example")
     dtypes = options.dtypes or [torch.bfloat16] + [torch.float16] * (not options.quick)
     seeds = options.seeds or (2 if options.quick else 5)
     steps = options.steps or (20 if options.quick else 400)
     progress.reset(2 * len(dtypes) * seeds * steps)
-    arguments = ["--device", options.device.type, "--steps", str(steps)]
-    if options.quick:
-        arguments += ["--width", "32", "--layers", "2", "--heads", "2", "--context", "32"]
-    text = example.standard_library_text()
     rows: list[Row] = []
     for dtype in dtypes:
         progress.set_description_str(f"loss, {short(dtype)}")
-        case = {"autocast": short(dtype), "steps": steps, "seeds": seeds}
-        typed = [*arguments, "--dtype", short(dtype)]
-
-        def curves(contender: Contender, typed: list[str] = typed) -> list[list[float]]:
-            trainings = (
-                example.Training(example.parse_arguments([*typed, "--seed", str(seed)]), text)
-                for seed in range(seeds)
-            )
-            return [_train(training, contender, steps, progress) for training in trainings]
-
-        passed, reasons = sift((STOCK, LOWERED), options.device, curves)
-        rows += [Row(case, contender.name, reason=reason) for contender, reason in reasons.items()]
-        for contender, losses in passed.items():
-            figures = _figures(losses, passed.get(STOCK, losses))
-            rows.append(Row(case, contender.name, figures, curves=losses))
+        rows += _measure(dtype, seeds, steps, options, progress)
     return rows
 
 
-def _train(training: Any, contender: Contender, steps: int, progress: Progress) -> list[float]:
-    """The loss of each step.
+def _measure(
+    dtype: torch.dtype, seeds: int, steps: int, options: Options, progress: Progress
+) -> list[Row]:
+    arguments = ["--device", options.device.type, "--dtype", short(dtype), "--steps", str(steps)]
+    if options.quick:
+        arguments += ["--width", "32", "--layers", "2", "--heads", "2", "--context", "32"]
+    text = example().standard_library_text()
+
+    def learn(contender: Contender) -> tuple[list[list[float]], str]:
+        curves, given = [], set()
+        for seed in range(seeds):
+            args = example().parse_arguments([*arguments, "--seed", str(seed)])
+            curve, dtypes = _train(example().Training(args, text), contender, progress)
+            curves.append(curve)
+            given |= dtypes
+        return curves, contender.gives(given, dtype)
+
+    passed, reasons = sift((STOCK, LOWERED), options.device, learn)
+    case = {"autocast": short(dtype), "steps": steps, "seeds": seeds}
+    rows = [Row(case, contender.name, reason=reason) for contender, reason in reasons.items()]
+    for contender, (curves, gives) in passed.items():
+        figures = {"gives": gives, **_figures(curves, passed.get(STOCK, (curves,))[0])}
+        rows.append(Row(case, contender.name, figures, curves=curves))
+    return rows
+
+
+def example() -> Any:
+    """The script of docs/examples, which is in the wheel under this name."""
+    return import_module("lpln_autopatch.bench.example")
+
+
+def _train(
+    training: Any, contender: Contender, progress: Progress
+) -> tuple[list[float], set[torch.dtype]]:
+    """The loss of each step, and the dtypes that the LayerNorms gave.
 
     Raises:
         WrongResult: that of the first, of the untrained model, is not what float64 gives.
     """
     exact = _loss_in_float64(training)
+    dtypes = example().record_layernorm_dtypes(training.model)
     losses: list[torch.Tensor] = []
     with contender.applied(training.model):
-        for _ in range(steps):
+        for _ in range(training.args.steps):
             losses.append(training.step())
             progress.update()
     error = timing.relative_error(losses[0], exact)
     limit = 4 * torch.finfo(getattr(torch, training.args.dtype)).eps
     timing.require({"the first loss": error}, {"the first loss": limit})
-    return [loss.item() for loss in losses]
+    return [loss.item() for loss in losses], dtypes
 
 
 def _loss_in_float64(training: Any) -> torch.Tensor:
     """The loss of the next batch, which the training still gets."""
-    next_batch = training.generator.get_state()
-    example: Any = import_module("lpln_autopatch.bench.example")
-    batch = example.sample_batch(training.text, training.args, training.generator)
-    training.generator.set_state(next_batch)
+    state = training.generator.get_state()
+    batch = example().sample_batch(training.text, training.args, training.generator)
+    training.generator.set_state(state)
     with torch.no_grad():
         loss: torch.Tensor = copy.deepcopy(training.model).double()(*batch)
     return loss

@@ -11,12 +11,12 @@ import functools
 import itertools
 import statistics
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from lpln_autopatch.bench import timing
+from lpln_autopatch.bench.loss import example
 from lpln_autopatch.bench.options import Options
 from lpln_autopatch.bench.results import Figure, Row, ratios, short
 from lpln_autopatch.bench.rivals import LOWERED, STOCK, Contender, composer, sift
@@ -108,9 +108,13 @@ class Training:
         """Errors of the loss and of all gradients together, before any step.
 
         Raises:
-            WrongResult: one is larger than the precision explains.
+            WrongResult: one is larger than the precision explains, or LayerNorms ran stock that
+                should not.
         """
+        figures: dict[str, Figure] = {}
         with contender.applied(self.model):
+            if self.mode == "eager":  # compiled code would not be the same with a hook in it
+                figures["gives"] = contender.gives(self._layernorm_dtypes(), self.dtype)
             loss = self.loss()
             # Scaled, so that float16 does not lose the small ones; a power of two is exact.
             torch.autograd.backward(loss * 1024)
@@ -129,7 +133,19 @@ class Training:
         timing.require(
             errors, {"loss": 4 * torch.finfo(self.dtype).eps, "gradients": GRADIENT_LIMIT}
         )
-        return {f"error of {name}": error for name, error in errors.items()}
+        return {**figures, **{f"error {name}": error for name, error in errors.items()}}
+
+    def _layernorm_dtypes(self) -> set[torch.dtype]:
+        dtypes: set[torch.dtype] = set()
+        hooks = [
+            module.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+            for module in self.model.modules()
+            if isinstance(module, torch.nn.LayerNorm)
+        ]
+        self.loss()
+        for hook in hooks:
+            hook.remove()
+        return dtypes
 
     def memory(self, contender: Contender) -> dict[str, Figure]:
         """Peak of a step on an accelerator; on CPU, in eager mode, what is saved for backward."""
@@ -142,8 +158,7 @@ class Training:
                 timing.synchronize(self.device)
                 return {"peak MiB": backend.max_memory_allocated() / 2**20}
             if self.mode == "eager":
-                example: Any = import_module("lpln_autopatch.bench.example")
-                saved = example.bytes_saved_for_backward(self.model, self.loss)
+                saved = example().bytes_saved_for_backward(self.model, self.loss)
                 return {"saved MiB": saved / 2**20}
         return {}
 
@@ -168,13 +183,13 @@ def _measure(
     # Compiled code is PyTorch's own, whatever the backend.
     lowered = LOWERED if mode == "eager" else LOWERED[:1]
     contenders = (STOCK, *lowered, composer(device))
-    case = {"model": name, "mode": mode, "autocast": short(dtype)}
+    case: dict[str, object] = {"model": name, "mode": mode, "autocast": short(dtype)}
     try:
         training = Training(name, mode, dtype, options)
     except ImportError as error:  # transformers wants a newer torch
         reason = " ".join(str(error).split())
         return [Row(case, contender.name, reason=reason) for contender in contenders]
-    case["batch"] = str(len(training.batch["labels"]))
+    case["batch"] = len(training.batch["labels"])
     check = functools.partial(training.check, training.exact())
     passed, reasons = sift(contenders, device, check)
     del check  # and the float64 gradients with it
@@ -191,5 +206,6 @@ def _measure(
             rate = training.items / statistics.median(entry.seconds)
             figures[f"{training.unit}/s"] = rate
         figures |= ratios(entry, entries, (STOCK.name, composer(device).name))
-        rows.append(Row(case, contender.name, figures | training.memory(contender)))
+        figures |= training.memory(contender)
+        rows.append(Row(case, contender.name, figures | passed[contender]))
     return rows

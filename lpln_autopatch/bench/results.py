@@ -85,10 +85,10 @@ def _text(figure: Figure) -> str:
     if isinstance(figure, str):
         return figure
     if isinstance(figure, Quartiles):
-        return f"{_text(figure.median)} ({_text(figure.low)} to {_text(figure.high)})"
-    if figure == 0 or 0.01 <= abs(figure) < 100:
-        return f"{figure:.2f}"
-    return f"{figure:,.0f}" if abs(figure) >= 100 else f"{figure:.2g}"
+        digits = 0 if figure.median >= 100 else 2
+        low, median, high = (f"{each:,.{digits}f}" for each in figure)
+        return f"{median} ({low} to {high})"
+    return f"{figure:,.0f}" if abs(figure) >= 1000 else f"{figure:.4g}"
 
 
 def write_json(file: Path, about: Mapping[str, object], suites: Mapping[str, list[Row]]) -> None:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch.bench.results import short
+from lpln_autopatch.bench.timing import WrongResult
 from lpln_autopatch.torch_compat import autocast_dtype
 
 LayerNormClass = type[torch.nn.LayerNorm]
@@ -81,6 +83,17 @@ class Contender:
         if self.backend is None:
             return contextlib.nullcontext()
         return low_precision_layernorm(backend=self.backend)
+
+    def gives(self, dtypes: Iterable[torch.dtype], autocast: torch.dtype) -> str:
+        """The dtypes that its LayerNorms gave, in words.
+
+        Raises:
+            WrongResult: it is one of ours, and a LayerNorm of it ran stock.
+        """
+        words = ", ".join(sorted(set(map(short, dtypes)))) or "nothing"
+        if self.backend is not None and words != short(autocast):
+            raise WrongResult(f"it should give {short(autocast)} and gives {words}")
+        return words
 
     @contextlib.contextmanager
     def applied(self, module: torch.nn.Module) -> Iterator[None]:
