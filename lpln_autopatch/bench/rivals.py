@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -55,8 +56,7 @@ class Contender:
 
     Attributes:
         name: What the tables call it.
-        load: The class that the LayerNorms take, looked for when it is needed; an ImportError
-            says why it is not here.
+        load: The class that the LayerNorms take, looked for when it is needed.
         backend: That of the block around it; None for no block.
         compiled: Whether it runs under torch.compile.
         device_type: The only one that it runs on, or None.
@@ -67,17 +67,6 @@ class Contender:
     backend: str | None = None
     compiled: bool = False
     device_type: str | None = None
-
-    def reason_against(self, device: torch.device) -> str | None:
-        """Why it cannot be measured on `device`, or None if it can."""
-        if self.device_type not in (None, device.type):
-            return f"runs on {self.device_type}, not on {device.type}"
-        try:
-            self.load()
-            self._block()
-        except (ImportError, ValueError) as error:
-            return " ".join(str(error).split())
-        return None
 
     def _block(self) -> contextlib.AbstractContextManager[object]:
         if self.backend is None:
@@ -121,15 +110,17 @@ def sift(
     passed: dict[Contender, _Passed] = {}
     reasons: dict[Contender, str] = {}
     for contender in contenders:
-        reason = contender.reason_against(device)
-        if reason is None:
-            try:
-                passed[contender] = check(contender)
-            # Others' kernels fail in whatever way on what they do not take.
-            except Exception as error:
-                reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-        if reason is not None:
-            reasons[contender] = reason
+        if contender.device_type not in (None, device.type):
+            reasons[contender] = f"runs on {contender.device_type}, not on {device.type}"
+            continue
+        try:
+            passed[contender] = check(contender)
+        except ImportError as error:
+            reasons[contender] = " ".join(str(error).split())
+        # Others' kernels fail in whatever way on what they do not take.
+        except Exception as error:
+            message = str(error) or "no message"
+            reasons[contender] = f"{type(error).__name__}: {message.splitlines()[0]}"
     return passed, reasons
 
 
@@ -143,6 +134,7 @@ def _class_that_calls(function: Callable[..., Tensor]) -> LayerNormClass:
     return Rival
 
 
+@functools.cache
 def _composers_own() -> LayerNormClass:
     from composer.algorithms.low_precision_layernorm.low_precision_layernorm import LPLayerNorm
 
@@ -162,35 +154,43 @@ def composer(device: torch.device) -> Contender:
     return Contender("Composer's recipe", lambda: ComposerRecipe)
 
 
+@functools.cache
 def _apex() -> LayerNormClass:
     from lpln_autopatch.backends import apex
 
     apex.load()  # whether it is NVIDIA's, with its extension
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 
-    def normalise(x: Tensor, shape: Any, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    def normalise(x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        if bias is None:
+            raise NotImplementedError("apex has no LayerNorm with a weight and no bias")
         y: Tensor = fused_layer_norm_affine(x, weight, bias, shape, eps)
         return y
 
     return _class_that_calls(normalise)
 
 
+@functools.cache
 def _liger() -> LayerNormClass:
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
-    def normalise(x: Tensor, shape: Any, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    def normalise(x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        # Liger's own `functional.layer_norm` does that.
+        bias = torch.zeros_like(weight) if bias is None else bias
         y: Tensor = LigerLayerNormFunction.apply(x, weight, bias, eps)
         return y
 
     return _class_that_calls(normalise)
 
 
+@functools.cache
 def _timm() -> LayerNormClass:
     from timm.layers.fast_norm import fast_layer_norm
 
     return _class_that_calls(fast_layer_norm)
 
 
+@functools.cache
 def _quack() -> LayerNormClass:
     from quack.rmsnorm import layernorm_bwd, layernorm_fwd
 
@@ -209,7 +209,7 @@ def _quack() -> LayerNormClass:
             x, weight, rstd, mean = ctx.saved_tensors
             return *layernorm_bwd(x, weight, upstream[0], rstd, mean, ctx.has_bias), None
 
-    def normalise(x: Tensor, shape: Any, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    def normalise(x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         y: Tensor = Function.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
         return y
 
