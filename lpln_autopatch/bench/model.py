@@ -24,54 +24,61 @@ from lpln_autopatch.bench.timing import Entry, Progress, Quartiles
 from lpln_autopatch.torch_compat import drop_compiled_code
 
 MODES = ("eager", "compiled")
+Built = tuple[torch.nn.Module, dict[str, torch.Tensor], int]
+"""A model, a batch of its arguments, and how many tokens or images are in it."""
 # Of all gradients together. A step of each of the three, at 12 layers, stays below 0.03.
 GRADIENT_LIMIT = 0.1
 
 
-def bert(quick: bool, batch: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor], int]:
-    """BERT-base, masked language modelling of 512 tokens: model, batch, tokens in it."""
+def bert(quick: bool, batch: int, length: int) -> Built:
+    """BERT-base, masked language modelling."""
     from transformers import BertConfig, BertForMaskedLM
 
     sizes = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2} if quick else {}
     config = BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes)
-    tokens = torch.randint(config.vocab_size, (batch, 32 if quick else 512))
+    tokens = torch.randint(config.vocab_size, (batch, length))
     return BertForMaskedLM(config), {"input_ids": tokens, "labels": tokens}, tokens.numel()
 
 
-def gpt2(quick: bool, batch: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor], int]:
-    """GPT-2 124M, language modelling of 1024 tokens: model, batch, tokens in it."""
+def gpt2(quick: bool, batch: int, length: int) -> Built:
+    """GPT-2 124M, language modelling."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {"n_layer": 1, "n_embd": 64, "n_head": 2} if quick else {}
     config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, **sizes)
-    tokens = torch.randint(config.vocab_size, (batch, 32 if quick else 1024))
+    tokens = torch.randint(config.vocab_size, (batch, length))
     return GPT2LMHeadModel(config), {"input_ids": tokens, "labels": tokens}, tokens.numel()
 
 
-def vit(quick: bool, batch: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor], int]:
-    """ViT-B/16, classification of 224x224 images: model, batch, images in it."""
+def vit(quick: bool, batch: int, length: int) -> Built:
+    """ViT-B/16, classification of square images `length` pixels wide."""
     from transformers import ViTConfig, ViTForImageClassification
 
     sizes = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2} if quick else {}
-    config = ViTConfig(image_size=32 if quick else 224, num_labels=1000, **sizes)
-    images = torch.randn(batch, 3, config.image_size, config.image_size)
+    config = ViTConfig(image_size=length, num_labels=1000, **sizes)
+    images = torch.randn(batch, 3, length, length)
     labels = torch.randint(1000, (batch,))
     return ViTForImageClassification(config), {"pixel_values": images, "labels": labels}, batch
 
 
-# What builds it, what its items are called, and the batch that fits 80 GB.
-MODELS = {"bert": (bert, "tokens", 32), "gpt2": (gpt2, "tokens", 16), "vit": (vit, "images", 128)}
+# What builds it, what its items are called, and the batches: on an accelerator with 80 GB, on CPU.
+MODELS = {
+    "bert": (bert, "tokens", (32, 512), (2, 128)),
+    "gpt2": (gpt2, "tokens", (16, 1024), (2, 128)),
+    "vit": (vit, "images", (128, 224), (2, 224)),
+}
+QUICK = (2, 32)
 
 
 class Training:
     """A model with its optimizer and one batch, and the step that is timed."""
 
     def __init__(self, name: str, mode: str, dtype: torch.dtype, options: Options) -> None:
-        build, self.unit, batch = MODELS[name]
+        build, self.unit, *sizes = MODELS[name]
         self.device, self.dtype, self.mode = options.device, dtype, mode
         torch.manual_seed(0)
-        size = 2 if options.device.type == "cpu" or options.quick else batch
-        self.model, tensors, self.items = build(options.quick, size)
+        size = QUICK if options.quick else sizes[options.device.type == "cpu"]
+        self.model, tensors, self.items = build(options.quick, *size)
         self.model.to(self.device).train()
         self.batch = {key: value.to(self.device) for key, value in tensors.items()}
         self.run: Callable[..., Any] = self.model
@@ -167,13 +174,17 @@ def run(options: Options, progress: Progress) -> list[Row]:
     """Measure a step of each model, in each mode."""
     dtypes = options.dtypes or [torch.bfloat16]
     cases = list(itertools.product(options.models or MODELS, options.modes or MODES, dtypes))
-    progress.reset(len(cases) * options.rounds_or(20))
+    progress.reset(len(cases) * _rounds(options))
     rows: list[Row] = []
     for name, mode, dtype in cases:
         progress.set_description_str(f"model, {name}, {mode}")
         drop_compiled_code()
         rows += _measure(name, mode, dtype, options, progress)
     return rows
+
+
+def _rounds(options: Options) -> int:
+    return options.rounds_or(5 if options.device.type == "cpu" else 20)
 
 
 def _measure(
@@ -196,7 +207,7 @@ def _measure(
     entries = [
         Entry(c.name, functools.partial(c.applied, training.model), training.step) for c in passed
     ]
-    rounds = options.rounds_or(20)
+    rounds = _rounds(options)
     timing.interleave(entries, timing.device_seconds, device, rounds, progress)
     rows = [Row(case, contender.name, reason=reason) for contender, reason in reasons.items()]
     for contender, entry in zip(passed, entries, strict=True):

@@ -122,7 +122,7 @@ def interleave(
             synchronize(device)
             return clock(run, device) / calls
 
-    calls = max(1, int(TURN_SECONDS / max(turn(entry, 3) for entry in entries)))
+    calls = max(1, int(TURN_SECONDS / max(turn(entry, 1) for entry in entries)))
     for round_ in range(rounds):
         shift = round_ % len(entries)
         for entry in (*entries[shift:], *entries[:shift]):
