@@ -26,7 +26,7 @@ from lpln_autopatch.torch_compat import drop_compiled_code
 MODES = ("eager", "compiled")
 Built = tuple[torch.nn.Module, dict[str, torch.Tensor], int]
 """A model, a batch of its arguments, and how many tokens or images are in it."""
-# Of all gradients together. A step of each of the three, at 12 layers, stays below 0.03.
+# Of all gradients together: stock, in bfloat16, is off by 0.011 at the 12 layers of ViT-B/16.
 GRADIENT_LIMIT = 0.1
 
 
