@@ -1,5 +1,5 @@
-# make demo, make test and make lint need Python 3.10 or later and nothing else: they create a
-# virtual environment and install torch and the tools for development in it.
+# Everything here needs Python 3.10 or later and nothing else: it creates a virtual environment and
+# installs torch and the tools for development in it.
 #   TORCH=torch==2.13.0 make test     with that torch, in a virtual environment of its own
 PYTHON ?= python3
 TORCH ?= torch
@@ -9,7 +9,7 @@ EXTRAS := $(if $(findstring ==1.,$(TORCH)),dev,dev,bench)
 INSTALLED := $(VENV)/installed
 EXAMPLE := docs/examples/train.py
 
-.PHONY: demo test test-composer lint clean
+.PHONY: demo test test-fused test-composer lint docs dist clean
 
 # The same training script twice, without and with LPLN_PRECISION, and both results side by side.
 demo: $(INSTALLED)
@@ -23,6 +23,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/pytest
 
+# The Triton kernels, on the CPU: the interpreter needs NumPy. Where there is a GPU, `make test`
+# runs them on it.
+test-fused: $(INSTALLED)
+	$(VENV)/bin/pip install --quiet triton numpy
+	TRITON_INTERPRET=1 $(VENV)/bin/pytest tests/test_fused.py
+
 # Composer pins an old torch; without its pins it runs on the newest.
 test-composer: $(INSTALLED)
 	$(VENV)/bin/pip install --quiet torchvision $(TORCH)
@@ -35,6 +41,22 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The site, in build/site. Strict: a warning, as of a link or a docstring, is an error. The variable
+# keeps the theme from printing news of its successor. (With --quiet, --strict sees no warnings.)
+docs: $(INSTALLED)
+	$(VENV)/bin/pip install --quiet "$$(echo $(VENV)/wheel/*.whl)[docs]" $(TORCH)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --config-file .mkdocs.yml
+	LPLN_TEST_SITE=build/site $(VENV)/bin/pytest --quiet tests/test_site.py
+
+# dist holds the wheel and the sdist of a release: their metadata is what an index accepts, they are
+# built again to the same bytes, and installed, upgraded and uninstalled in an environment with torch.
+dist: $(INSTALLED)
+	rm -rf dist
+	$(VENV)/bin/pip install --quiet "build>=1.2" "twine>=6"
+	$(VENV)/bin/pyproject-build --outdir dist .
+	$(VENV)/bin/twine check --strict dist/*
+	LPLN_TEST_DIST=dist $(VENV)/bin/pytest tests/test_release.py
 
 clean:
 	rm -rf .venv-* build dist

@@ -169,7 +169,11 @@ class Status:
 
 
 def status() -> Status:
-    """What is in force now, where it came from, and whether the wrapper is installed."""
+    """What is in force now, where it came from, and whether the wrapper is installed.
+
+    Returns:
+        A snapshot, which prints as a table.
+    """
     import torch  # first, for the reason that Request.parse gives
     from importlib_metadata import version
 

@@ -58,26 +58,46 @@ def lowering_forward(original: Forward) -> Forward:
     A plain function: Dynamo sees through a `wrapt.FunctionWrapper` to the original's code, and
     compiled code would run stock. TorchScript compiles the original's source, by `__wrapped__`.
     """
-    # A backend takes the place of torch's own forward, never of one that somebody else put there.
     is_torchs_own = type(original) is types.FunctionType and original.__globals__ is vars(
         torch.nn.modules.normalization
     )
+    wrapper = _over_torchs_own(original) if is_torchs_own else _over_a_foreign_one(original)
+    return traced_like_torch_nn(functools.wraps(original)(wrapper))
 
-    @functools.wraps(original)
+
+_torchs_own: Forward
+
+
+def _over_torchs_own(original: Forward) -> Forward:
+    # Not a closure: if somebody puts a `wrapt.FunctionWrapper` above ours, Dynamo sees through it
+    # to our code, but then looks for our closure (or defaults) on theirs, and fails.
+    global _torchs_own
+    _torchs_own = original
+
     def forward(self: torch.nn.LayerNorm, input: Tensor) -> Tensor:
         lowering = active
         if lowering is None:
-            return original(self, input)
+            return _torchs_own(self, input)
         dtype = lowered_dtype(lowering, self, input)
         if dtype is None:
-            return original(self, input)
-        if not is_torchs_own:
-            # Upcast what `original` would round to one low precision and we to the other.
-            x = input if input.dtype in (torch.float32, dtype) else input.float()
-            return original(self, x).to(dtype=dtype)
+            return _torchs_own(self, input)
         return run_lowered(lowering, self, input, dtype)
 
-    return traced_like_torch_nn(forward)
+    return forward
+
+
+def _over_a_foreign_one(original: Forward) -> Forward:
+    # A backend takes the place of torch's own forward, never of one that somebody else put there.
+    def forward(self: torch.nn.LayerNorm, input: Tensor) -> Tensor:
+        lowering = active
+        dtype = None if lowering is None else lowered_dtype(lowering, self, input)
+        if dtype is None:
+            return original(self, input)
+        # Upcast what `original` would round to one low precision and we to the other.
+        x = input if input.dtype in (torch.float32, dtype) else input.float()
+        return original(self, x).to(dtype=dtype)
+
+    return forward
 
 
 @never_a_frame_of_its_own

@@ -60,6 +60,14 @@ def forward_mode_is_on() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def something_intercepts_operators() -> bool:
+    """Whether a functorch transform or a `TorchDispatchMode` (FakeTensorMode, ...) is active.
+
+    until torch 2.1: neither question can be asked.
+    """
+    return bool(torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
+
+
 # until torch 2.2: stock LayerNorm on CPU refuses a low-precision x with float32 parameters.
 CPU_TAKES_MIXED_DTYPES = TORCH_VERSION >= (2, 2)
 
@@ -85,18 +93,20 @@ def run_while_compiling(function: _F) -> _F:
     return function
 
 
-def never_a_frame_of_its_own(function: _F) -> _F:
+def never_a_frame_of_its_own(function: _F, nor_what_it_calls: bool = False) -> _F:
     """Have Dynamo inline `function` in code that it traces, and never compile it by itself.
 
     That is how it treats torch.nn's own functions. Behind a graph break it would otherwise
-    compile ours, once for every module that they are called for.
+    compile ours, once for every module that they are called for. With `nor_what_it_calls` (of
+    no effect until torch 2.6) it compiles nothing that runs beneath it either.
     """
     eval_frame: Any = torch._C._dynamo.eval_frame if TORCH_VERSION >= (2, 0) else None
     if hasattr(eval_frame, "skip_code"):  # until torch 2.6
         eval_frame.skip_code(function.__code__)
     elif hasattr(eval_frame, "set_code_exec_strategy"):
         action = eval_frame._FrameAction
-        strategy = eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT)
+        beneath = action.SKIP if nor_what_it_calls else action.DEFAULT
+        strategy = eval_frame._FrameExecStrategy(action.SKIP, beneath)
         eval_frame.set_code_exec_strategy(function.__code__, strategy)
     return function
 

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import wrapt
 from support import autocast, needs_dynamo, output_dtype, run_python
 
 import lpln_autopatch as lpln
@@ -210,6 +211,23 @@ def test_wrapper_of_somebody_else_beneath_is_compiled(model):
         lpln.disable()
     finally:
         torch.nn.LayerNorm.forward = original
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_function_wrapper_of_somebody_else_above_is_looked_through(model, fullgraph, monkeypatch):
+    """Dynamo runs what a wrapt.FunctionWrapper wraps: ours, lowered and stock, without an error."""
+    x = torch.randn(4, 8)
+    stock = model(x)
+    lpln.enable()
+    wrapper = wrapt.FunctionWrapper(
+        vars(torch.nn.LayerNorm)["forward"],
+        lambda f, instance, args, kwargs: f(*args, **kwargs) + 1,
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.LayerNorm, "forward", wrapper)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+        assert output_dtype(compiled, x) is BF16
+        torch.testing.assert_close(compiled(x), stock)
 
 
 def test_only_input_and_statistics_are_saved_for_backward():

@@ -11,32 +11,12 @@ import torch
 from importlib_metadata import entry_points
 
 from lpln_autopatch import torch_compat
-from lpln_autopatch.backends import apex, native
+from lpln_autopatch.backends import apex, fused, native
 from lpln_autopatch.precision import Precision
 
 
 class Backend(Protocol):
-    """Normalise `x` over its trailing dimensions in the autocast dtype, differentiably.
-
-    Called in eager mode only, under the autocast that is in force, with the arguments of
-    `torch.nn.functional.layer_norm` and the dtype of the output.
-
-    Args:
-        x: Input, shape (..., *normalized_shape), any floating dtype but float64.
-        normalized_shape: The trailing dimensions over which to normalise.
-        weight: Scale, shape normalized_shape, any floating dtype, or None.
-        bias: Shift, shape normalized_shape, any floating dtype, or None.
-        eps: Added to the variance.
-        dtype: The autocast dtype of x's device, float16 or bfloat16.
-
-    Returns:
-        Tensor of the shape of `x`, in `dtype`. Statistics are computed in float32; x, weight
-        and bias may be rounded to `dtype` first.
-
-    Raises:
-        RuntimeError: trailing dimensions of `x` differ from normalized_shape (PyTorch's own
-            message).
-    """
+    """What normalises a lowered call, in eager mode: a function, or anything callable."""
 
     def __call__(
         self,
@@ -46,7 +26,28 @@ class Backend(Protocol):
         bias: torch.Tensor | None,
         eps: float,
         dtype: torch.dtype,
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """Normalise `x` over its trailing dimensions in the autocast dtype, differentiably.
+
+        Called under the autocast that is in force, with the arguments of
+        `torch.nn.functional.layer_norm` and the dtype of the output.
+
+        Args:
+            x: Input, shape (..., *normalized_shape), any floating dtype but float64.
+            normalized_shape: The trailing dimensions over which to normalise.
+            weight: Scale, shape normalized_shape, any floating dtype, or None.
+            bias: Shift, shape normalized_shape, any floating dtype, or None.
+            eps: Added to the variance.
+            dtype: The autocast dtype of x's device, float16 or bfloat16.
+
+        Returns:
+            Tensor of the shape of `x`, in `dtype`. Statistics are computed in float32; x, weight
+            and bias may be rounded to `dtype` first.
+
+        Raises:
+            RuntimeError: trailing dimensions of `x` differ from normalized_shape (PyTorch's own
+                message).
+        """
 
 
 GROUP = "lpln_autopatch.backends"
@@ -54,6 +55,7 @@ GROUP = "lpln_autopatch.backends"
 
 _BUILT_IN: dict[str, Callable[[], Backend]] = {
     "native": lambda: native.normalise,
+    "fused": fused.load,
     "apex": apex.load,
 }
 
@@ -62,7 +64,7 @@ def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
     """The backend that `name` chooses for `precision`: its own name, and what normalises.
 
     Args:
-        name: "auto", "native", "apex", or the name of an entry point in the group
+        name: "auto", "native", "fused", "apex", or the name of an entry point in the group
             `lpln_autopatch.backends`. "auto" is what LPLN_BACKEND says, or else the rule of
             `automatic`.
         precision: What is asked for.

@@ -1,0 +1,189 @@
+"""One Triton kernel forward, and one pass over x and dy backward.
+
+x is read once in its own dtype, y is written once in the autocast dtype; nothing is cast outside
+of the kernels, and x itself is what is saved for backward, with two float32 for each row.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lpln_autopatch.backends import native
+from lpln_autopatch.torch_compat import (
+    TORCH_VERSION,
+    forward_mode_is_on,
+    never_a_frame_of_its_own,
+    something_intercepts_operators,
+)
+
+if TYPE_CHECKING:
+    from lpln_autopatch.backends import Backend
+
+MAX_FEATURES = 65536
+"""The longest row that the kernels take, in elements."""
+
+_X_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_PARAMETER_DTYPES = _X_DTYPES | {torch.float64}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def load() -> Backend:
+    """`normalise`, if Triton is here.
+
+    Raises:
+        ImportError: it is not, or this torch is too old. What to do.
+    """
+    if TORCH_VERSION < (2, 6):
+        raise ImportError(
+            f"backend 'fused' needs torch 2.6 or later, this is {torch.__version__}. "
+            "Update it, or name another backend."
+        )
+    try:
+        _launch()
+    except ImportError as error:
+        raise ImportError(
+            f"backend 'fused': Triton cannot be imported ({error}). It comes with the CUDA builds "
+            "of torch; elsewhere: pip install triton"
+        ) from error
+    return normalise
+
+
+@functools.cache
+def _launch() -> Any:
+    # Not at the top: Triton is optional, and takes a while to import.
+    return importlib.import_module("lpln_autopatch.backends.fused.launch")
+
+
+def normalise(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Normalise `x` in one kernel where it can, natively elsewhere: `_takes` has the rule.
+
+    Nothing but the output is rounded: it is the float32 result, rounded once. Arguments and
+    result are those of `lpln_autopatch.backends.Backend`.
+    """
+    shape = tuple(normalized_shape)
+    if not _takes(x, shape, weight, bias):
+        return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
+    y: torch.Tensor
+    if torch.is_grad_enabled():
+        y = _FusedLayerNorm.apply(x, len(shape), weight, bias, eps, dtype)  # type: ignore[no-untyped-call]
+    else:
+        y = _launch().forward(x, len(shape), weight, bias, eps, dtype, None)
+    return y
+
+
+def _takes(
+    x: torch.Tensor,
+    shape: tuple[int, ...],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> bool:
+    rows_of = x.shape[-len(shape) :]
+    return (
+        (x.is_cuda or (x.is_cpu and _launch().INTERPRETED))
+        and x.dtype in _X_DTYPES
+        and type(x) in _PLAIN
+        # Another shape, or none, gets PyTorch's own error.
+        and rows_of == shape
+        and len(shape) > 0
+        and x.numel() > 0
+        and rows_of.numel() <= MAX_FEATURES
+        and _takes_parameter(weight, x, shape)
+        and _takes_parameter(bias, x, shape)
+        # The kernels have no formula for functorch's transforms and for forward mode, and a
+        # TorchDispatchMode (FakeTensorMode, ...) would not see them.
+        and not something_intercepts_operators()
+        and not forward_mode_is_on()
+    )
+
+
+def _takes_parameter(
+    parameter: torch.Tensor | None, x: torch.Tensor, shape: tuple[int, ...]
+) -> bool:
+    return parameter is None or (
+        parameter.dtype in _PARAMETER_DTYPES
+        and type(parameter) in _PLAIN
+        and parameter.shape == shape
+        and parameter.device == x.device
+        and parameter.is_contiguous()
+    )
+
+
+class _FusedLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        n_dims: int,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        statistics = x.new_empty((2, x.shape[:-n_dims].numel()), dtype=torch.float32)
+        ctx.save_for_backward(x, weight, bias, statistics)
+        ctx.n_dims = n_dims
+        y: torch.Tensor = _launch().forward(x, n_dims, weight, bias, eps, dtype, statistics)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, bias, statistics = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+        backward = _launch().backward
+        # With create_graph what comes out is differentiated again; dy may be a batch of gradients.
+        if (
+            torch.is_grad_enabled()
+            or something_intercepts_operators()
+            or type(dy) not in _PLAIN
+            or torch._C._functorch.is_legacy_batchedtensor(dy)
+        ):
+            backward = _backward_natively
+        dx, dweight, dbias = backward(dy, x, ctx.n_dims, weight, bias, statistics, wanted)
+        return dx, None, dweight, dbias, None, None
+
+
+def _backward_natively(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    n_dims: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    statistics: torch.Tensor,
+    wanted: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """`launch.backward` in operators of PyTorch's, which know their own derivatives."""
+    shape = x.shape[-n_dims:]
+    mean, rstd = statistics.view(2, *x.shape[:-n_dims], *[1] * n_dims)
+    # Ones for no weight: with a bias alone PyTorch's own double backward fails (2.13, 2.15).
+    scale = statistics.new_ones(shape) if weight is None else weight.float()
+    gradients = torch.ops.aten.native_layer_norm_backward(
+        dy.float(),
+        x.float(),
+        shape,
+        mean,
+        rstd,
+        scale,
+        bias if bias is None else bias.float(),
+        wanted,
+    )
+    return tuple(
+        None if gradient is None or of is None else gradient.to(dtype=of.dtype)
+        for gradient, of in zip(gradients, (x, weight, bias), strict=True)
+    )
+
+
+# Dynamo is not to look for graphs in any of this: code that it compiles takes another way.
+never_a_frame_of_its_own(normalise, nor_what_it_calls=True)
+never_a_frame_of_its_own(_FusedLayerNorm.backward, nor_what_it_calls=True)

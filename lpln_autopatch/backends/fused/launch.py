@@ -1,0 +1,164 @@
+"""How the kernels are launched: on which tiles, by how many programs, over which memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from lpln_autopatch.backends.fused import kernels
+
+INTERPRETED: bool = kernels.INTERPRETED.value
+
+# Longest rows that are held in registers, and the tile of rows and features of a longer one.
+_ONE_BLOCK_FORWARD, _ONE_BLOCK_BACKWARD, _LOOPED = 16384, 8192, (4, 2048)
+_TILE = 2048  # elements of a tile of several short rows
+_WARPS_PER_MULTIPROCESSOR = 16  # that go through the rows in backward
+_REDUCED = (32, 128)  # the tile of partial sums that are summed up at once
+
+# Triton's default changes in 3.10, and until then it warns.
+_OPTIONS = {"enable_fp_fusion": True}
+
+
+def forward(
+    x: torch.Tensor,
+    n_dims: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    statistics: torch.Tensor | None,
+) -> torch.Tensor:
+    """Normalise `x` over its last `n_dims` dimensions.
+
+    Args:
+        x: Input, shape (..., *normalized_shape), float32, float16 or bfloat16, any strides.
+        n_dims: The length of normalized_shape.
+        weight: Scale, shape normalized_shape, contiguous, float, or None.
+        bias: Shift, the same.
+        eps: Added to the variance.
+        dtype: That of the result.
+        statistics: Where to write mean and 1 / sqrt(variance + eps) of the M rows, float32, shape
+            (2, M), or None.
+
+    Returns:
+        Tensor of the shape of `x`, contiguous, in `dtype`.
+    """
+    m, n = x.shape[:-n_dims].numel(), x.shape[-n_dims:].numel()
+    y = x.new_empty(x.shape, dtype=dtype)
+    rows, block, warps = _tile(n, _ONE_BLOCK_FORWARD)
+    kernel = kernels.forward if block >= n else kernels.forward_looped
+    x, *layout = _layout(x, n_dims)
+    with _on_device_of(x):
+        kernel[(-(-m // rows),)](
+            x,
+            weight,
+            bias,
+            y,
+            statistics,
+            m,
+            n,
+            eps,
+            *layout,
+            rows,
+            block,
+            num_warps=warps,
+            **_OPTIONS,
+        )
+    return y
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    n_dims: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    statistics: torch.Tensor,
+    wanted: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of x, weight and bias, of those that are `wanted`, each in its own dtype.
+
+    `dy` is the gradient of the result of `forward`, of any dtype and strides; the other arguments
+    are those of `forward`, which has written `statistics`.
+    """
+    m, n = statistics.shape[1], x.shape[-n_dims:].numel()
+    rows, block, warps = _tile(n, _ONE_BLOCK_BACKWARD)
+    programs = _multiprocessors(x.device) * max(1, _WARPS_PER_MULTIPROCESSOR // warps)
+    programs = min(programs, -(-m // rows))
+    dx = x.new_empty(x.shape) if wanted[0] else None
+    dweight = torch.empty_like(weight) if weight is not None and wanted[1] else None
+    dbias = torch.empty_like(bias) if bias is not None and wanted[2] else None
+    kernel = kernels.backward if block >= n else kernels.backward_looped
+    partials = None
+    if dweight is not None or dbias is not None:
+        partials = x.new_empty((2, programs, n), dtype=torch.float32)
+        if block < n:
+            partials.zero_()
+    x, *x_layout = _layout(x, n_dims)
+    dy, *dy_layout = _layout(dy, n_dims)
+    with _on_device_of(x):
+        kernel[(programs,)](
+            x, weight, dy, statistics, dx, partials, m, n, *x_layout, *dy_layout, rows, block,
+            num_warps=warps, **_OPTIONS,
+        )  # fmt: skip
+        if partials is not None:
+            kernels.reduce[(-(-n // _REDUCED[1]),)](
+                partials, dweight, dbias, programs, n, *_REDUCED, num_warps=4, **_OPTIONS
+            )
+    return dx, dweight, dbias
+
+
+def _layout(x: torch.Tensor, n_dims: int) -> tuple[torch.Tensor, int, int, int]:
+    """How to find the rows of `x`: itself, or a copy with contiguous rows, and three integers.
+
+    They are inner, outer_stride and inner_stride: row r begins at element
+    (r // inner) * outer_stride + (r % inner) * inner_stride.
+    """
+    if x.is_contiguous():
+        return x, 1, x.shape[-n_dims:].numel(), 0
+    # The dimensions of more than one element; neighbours that make up one, as one.
+    kept: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-n_dims], x.stride()[:-n_dims], strict=True):
+        if size == 1:
+            continue
+        if kept and kept[-1][1] == size * stride:
+            kept[-1] = (kept[-1][0] * size, stride)
+        else:
+            kept.append((size, stride))
+    row = x[(0,) * (x.dim() - n_dims)]
+    if not row.is_contiguous() or len(kept) > 2:
+        return _layout(x.contiguous(), n_dims)
+    (_, outer_stride), (inner, inner_stride) = [(1, 0), (1, 0), *kept][-2:]
+    return x, inner, outer_stride, inner_stride
+
+
+@functools.cache
+def _tile(n: int, one_block: int) -> tuple[int, int, int]:
+    """Rows and features of a tile, and the warps that work on it."""
+    if n > one_block:
+        rows, block = _LOOPED
+    else:
+        block = 1 << (n - 1).bit_length()
+        rows = max(1, _TILE // block)
+    # 512 elements a warp: two loads of 16 bytes a thread for a 16-bit x.
+    return rows, block, min(32, max(1, rows * block // 512))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":  # interpreted: a few, so that each goes through several tiles
+        return 2
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def _on_device_of(x: torch.Tensor) -> AbstractContextManager[Any]:
+    # Triton launches on the current device, which need not be that of x.
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()

@@ -1,0 +1,188 @@
+"""Every code block of README and docs, run as a reader would, in a process of its own.
+
+    python   as a script: each block is a whole program. Skipped where a library that it imports is
+             not installed; the tests of that library's integration run it where it is.
+    bash     in a folder where train.py is docs/examples/train.py, with fewer steps. `make` only
+             shows what it would do: CI runs its targets.
+    text     the output of the block before it: that one must print these lines, in which every
+             word with a digit in it stands for any such word.
+    toml     is parsed.
+
+A block that cannot run here says why, on the line before it, and must still parse:
+
+    <!-- not run in CI: it needs a GPU -->
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+import lpln_autopatch
+from lpln_autopatch.torch_compat import TORCH_VERSION
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SCRIPTS = Path(sys.executable).parent
+COMMAND = re.compile(r"^(?:\w+=\S*\s+)*([\w./-]+)", re.MULTILINE)  # behind its variables
+BLOCK = re.compile(
+    r"(?:^<!-- not run in CI: (?P<reason>(?:(?!-->).)+) -->\n+)?"
+    r"^```(?P<language>\w*)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+TRAIN = f"""
+import runpy, sys
+sys.argv += ["--steps", "20"]
+runpy.run_path({str(ROOT / "docs" / "examples" / "train.py")!r}, run_name="__main__")
+"""
+
+
+@dataclasses.dataclass
+class Block:
+    """A block, the line on which its code begins, and the text blocks that follow it."""
+
+    page: Path
+    line: int
+    language: str
+    code: str
+    reason: str | None
+    outputs: list[str] = dataclasses.field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """The blocks of a page; a text block that follows another in its section belongs to that."""
+    text, blocks, end = page.read_text(), [], 0
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start("code")) + 1
+        block = Block(page, line, match["language"], match["code"], match["reason"])
+        follows = blocks and "\n#" not in text[end : match.start()]
+        if block.language == "text" and block.reason is None and follows:
+            blocks[-1].outputs.append(block.code)
+        else:
+            blocks.append(block)
+        end = match.end()
+    return blocks
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+def run(command: list[str], folder: Path) -> str:
+    """What the command prints, to stdout and stderr; it must succeed."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("LPLN_", "AUTOWRAPT"))}
+    environment |= {"PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "MAKEFLAGS": "n"}
+    result = subprocess.run(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        cwd=folder,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def run_python_block(block: Block, folder: Path) -> str:
+    nodes = list(ast.walk(ast.parse(block.code)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    libraries = {name.split(".")[0] for name in names}
+    missing = sorted(name for name in libraries if importlib.util.find_spec(name) is None)
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}; CI runs it with the tests of that integration")
+    script = folder / f"{block.page.stem}_{block.line}.py"
+    script.write_text("\n" * (block.line - 1) + block.code)  # a traceback gives the page's lines
+    return run([sys.executable, str(script)], folder)
+
+
+def run_bash_block(block: Block, folder: Path) -> str:
+    programs = set(COMMAND.findall(block.code.replace("\\\n", " ")))
+    unknown = programs - {"python", "torchrun", "accelerate", "make"}
+    assert not unknown, f"CI cannot run {', '.join(unknown)}: mark the block with the reason"
+    if programs == {"make"}:
+        return run(["bash", "-euo", "pipefail", "-c", block.code], ROOT)
+    if TORCH_VERSION < (2, 5):
+        pytest.skip("before torch 2.5 nothing reads LPLN_PRECISION by itself; CI has later ones")
+    if "accelerate" in programs and not (SCRIPTS / "accelerate").exists():
+        pytest.skip("needs accelerate; CI runs it with the tests of that integration")
+    (folder / "train.py").write_text(TRAIN)
+    return run(["bash", "-euo", "pipefail", "-c", block.code], folder)
+
+
+def parse_toml(block: Block, folder: Path) -> str:
+    tomllib = pytest.importorskip("tomllib", reason="new in Python 3.11, which CI has")
+    tomllib.loads(block.code)
+    return ""
+
+
+RUN = {"python": run_python_block, "bash": run_bash_block, "toml": parse_toml}
+
+
+def words(text: str) -> str:
+    """The text without what varies from machine to machine: spaces, figures, versions, dtypes."""
+    return " ".join(re.sub(r"\S*\d\S*", "#", text).split())
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_block_runs_and_prints_what_follows_it(block, tmp_path):
+    """A code block succeeds, and what the page gives as its output is what it prints."""
+    if block.reason is not None:
+        if block.language == "python":
+            compile(block.code, str(block), "exec")
+        elif block.language == "bash":
+            run(["bash", "-n", "-c", block.code], tmp_path)
+        pytest.skip(block.reason)
+    assert block.language in RUN, f"no rule for {block.language!r}; the rules are in {__file__}"
+    printed = RUN[block.language](block, tmp_path)
+    for output in block.outputs:
+        assert words(output) in words(printed), printed
+
+
+def test_every_fence_is_a_block_that_was_found():
+    """No block hides from these tests in a list, or behind another kind of fence."""
+    assert len(BLOCKS) > 15
+    for page in PAGES:
+        fences = [line for line in page.read_text().splitlines() if re.match(r"\s*(```|~~~)", line)]
+        found = sum(1 + len(block.outputs) for block in blocks_of(page))
+        assert len(fences) == 2 * found, page
+
+
+def test_a_wrong_block_fails(tmp_path):
+    """These tests can fail: a block that raises, an unknown program, output of nothing."""
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\nassert 0\n```\n"
+        "```bash\ngit status\n```\n"
+        "```python\nprint('no')\n```\n\n```text\nyes\n```\n"
+        "# Another section\n```text\nof no block\n```\n"
+    )
+    for block in blocks_of(page):
+        with pytest.raises(AssertionError):
+            test_block_runs_and_prints_what_follows_it(block, tmp_path)
+
+
+@pytest.mark.parametrize("name", lpln_autopatch.__all__)
+def test_docstring_names_every_argument_and_the_result(name):
+    """The page of the API is made of docstrings: each says what a name takes and what it gives."""
+    public = getattr(lpln_autopatch, name)
+    assert public.__doc__
+    if not inspect.isfunction(public):
+        return
+    signature = inspect.signature(public)
+    for argument in signature.parameters:
+        assert re.search(rf"^ +{argument}: ", public.__doc__, re.MULTILINE), argument
+    assert ("Returns:" in public.__doc__) == (signature.return_annotation != "None")

@@ -1,0 +1,576 @@
+"""The Triton backend: on a GPU, or in Triton's interpreter, in a process of its own.
+
+make test-fused
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import run_python
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch.backends import fused, native
+from lpln_autopatch.torch_compat import TORCH_VERSION
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+runs_kernels = pytest.mark.skipif(
+    not CUDA and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="kernels need a GPU or TRITON_INTERPRET=1; `make test-fused`, in CI, runs this",
+)
+
+needs_gpu = pytest.mark.skipif(
+    not CUDA, reason="needs a CUDA GPU; the interpreter runs the same kernels elsewhere here"
+)
+
+
+def arguments(shape, n_dims=1, x_dtype=FP32, parameters=FP32, weight=True, bias=True, mean=0.0):
+    """x, normalized_shape, weight and bias, as leaves that want gradients."""
+    x = (torch.randn(shape, device=DEVICE) + mean).to(x_dtype).requires_grad_()
+    normalized_shape = tuple(shape[len(shape) - n_dims :])
+    w = b = None
+    if weight:
+        w = (1 + 0.2 * torch.randn(normalized_shape, device=DEVICE)).to(parameters).requires_grad_()
+    if bias:
+        b = torch.randn(normalized_shape, device=DEVICE).to(parameters).requires_grad_()
+    return x, normalized_shape, w, b
+
+
+def run(x, normalized_shape, weight, bias, dtype=BF16, dy=None, eps=1e-5):
+    """Output and gradients of the backend, which must have used its kernels."""
+    y = fused.normalise(x, normalized_shape, weight, bias, eps, dtype)
+    assert "_FusedLayerNorm" in type(y.grad_fn).__name__
+    leaves = [t for t in (x, weight, bias) if t is not None]
+    dy = torch.randn(y.shape, device=DEVICE, dtype=dtype) if dy is None else dy
+    return dy, y, *torch.autograd.grad(y, leaves, dy)
+
+
+def exact(x, normalized_shape, weight, bias, dy, eps=1e-5):
+    """The same, in float64."""
+    leaves = [None if t is None else t.detach().double() for t in (x, weight, bias)]
+    wanted = [t.requires_grad_() for t in leaves if t is not None]
+    x, weight, bias = leaves
+    y = torch.nn.functional.layer_norm(x, normalized_shape, weight, bias, eps)
+    return [y, *torch.autograd.grad(y, wanted, dy.double())]
+
+
+def assert_rounded_once(results, expected):
+    """Each result is no further from float64 than float64 rounded once, or float32's noise."""
+    for result, value in zip(results, expected, strict=True):
+        rounded = value.to(result.dtype).double()
+        noise = 2e-6 * (value.norm() + value.numel() ** 0.5)
+        distance = (result.double() - value).norm()
+        assert distance <= 1.02 * (rounded - value).norm() + noise
+
+
+def check(x, normalized_shape, weight, bias, dtype=BF16):
+    dy, *results = run(x, normalized_shape, weight, bias, dtype)
+    assert results[0].dtype is dtype
+    assert results[0].shape == x.shape
+    leaves = [t for t in (x, weight, bias) if t is not None]
+    assert [g.dtype for g in results[1:]] == [t.dtype for t in leaves]
+    assert_rounded_once(results, exact(x, normalized_shape, weight, bias, dy))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("parameters", [FP32, BF16, FP16, FP64])
+@pytest.mark.parametrize("x_dtype", [FP32, BF16, FP16])
+def test_every_dtype_is_rounded_once(x_dtype, parameters, dtype):
+    """Output and gradients are float64's, rounded once, for every mix of dtypes."""
+    torch.manual_seed(0)
+    check(*arguments((37, 100), x_dtype=x_dtype, parameters=parameters), dtype)
+
+
+@runs_kernels
+@pytest.mark.parametrize("weight", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("features", [64, 8193, 16385])
+def test_parameters_may_be_missing(features, weight, bias):
+    """Without weight, without bias, without both, in each of the kernels."""
+    torch.manual_seed(0)
+    check(*arguments((5, features), weight=weight, bias=bias))
+
+
+SHAPES = [
+    ((300, 1), 1),
+    ((1, 2), 1),
+    ((64,), 1),
+    ((5000, 3), 1),
+    ((2, 3, 4, 25), 2),
+    ((2, 3, 4), 3),
+    ((1, 1, 768), 1),
+    ((3, 8192), 1),
+    ((9, 8193), 1),
+    ((3, 16384), 1),
+    ((1, 16385), 1),
+    ((2, 65536), 1),
+]
+
+
+@runs_kernels
+@pytest.mark.parametrize(("shape", "n_dims"), SHAPES)
+def test_edge_shapes(shape, n_dims):
+    """One feature, one row, odd sizes, both sides of every change of kernel, the longest row."""
+    torch.manual_seed(0)
+    check(*arguments(shape, n_dims, mean=1.0))
+
+
+@runs_kernels
+@settings(max_examples=200 if CUDA else 30, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 70),
+    features=st.one_of(st.integers(1, 300), st.integers(8000, 20000)),
+    x_dtype=st.sampled_from([FP32, BF16, FP16]),
+    dtype=st.sampled_from([BF16, FP16]),
+    mean=st.sampled_from([0.0, 1.0, 100.0]),
+    seed=st.integers(0, 9),
+)
+def test_any_size_is_rounded_once(rows, features, x_dtype, dtype, mean, seed):
+    """The claim of the dtypes, for sizes, means and values that nobody chose."""
+    torch.manual_seed(seed)
+    if features > 300:
+        rows = 1 + rows % 7
+    x, *rest = arguments((rows, features), x_dtype=x_dtype, mean=mean)
+    dy, y, *_ = run(x, *rest, dtype)
+    # The mean's rounding error is float32's, relative to the mean, whoever computes it.
+    expected, *_ = exact(x, *rest, dy)
+    rounded = (expected.to(dtype).double() - expected).norm()
+    noise = 2e-6 * (1 + mean) * (expected.norm() + expected.numel() ** 0.5)
+    assert (y.double() - expected).norm() <= 1.02 * rounded + noise
+
+
+@runs_kernels
+@pytest.mark.parametrize("features", [1000, 20000])
+def test_large_mean_does_not_cancel(features):
+    """Variance 1 around a mean of 4096: E[x^2] - E[x]^2 would lose it all in float32."""
+    torch.manual_seed(0)
+    x, *rest = arguments((4, features), mean=4096.0)
+    dy, *results = run(x, *rest, FP16)
+    for result, value in zip(results, exact(x, *rest, dy), strict=True):
+        assert (result.double() - value).norm() < 2e-3 * value.norm()
+
+
+@runs_kernels
+def test_input_beyond_float16_is_not_rounded():
+    """x is not rounded to the autocast dtype: 1e6 is not infinite under float16."""
+    x, *rest = arguments((4, 64))
+    check((x.detach() * 1e6).requires_grad_(), *rest, FP16)
+
+
+VIEWS = {
+    "transposed": lambda x: x.transpose(0, 1),
+    "every second, every third": lambda x: x[::2, 1::3],
+    "expanded": lambda x: x[:, :1].expand(-1, 5, -1),
+    "part of the features": lambda x: x[..., 8:40],
+    "features not contiguous": lambda x: x.transpose(1, 2),
+    "three strides": lambda x: x.unflatten(0, (2, 3)).permute(1, 0, 2, 3),
+    "a row of a column": lambda x: x[:, 0, :],
+}
+
+
+@runs_kernels
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides_of_x_and_of_dy(view):
+    """Any strides, of the input and of the gradient that comes in."""
+    torch.manual_seed(0)
+    whole = torch.randn(6, 7, 64, device=DEVICE)
+    x = VIEWS[view](whole).detach().requires_grad_()
+    assert not x.is_contiguous()
+    _, *rest = arguments(x.shape)
+    dy = VIEWS[view](torch.randn(6, 7, 64, device=DEVICE, dtype=BF16))
+    _, *results = run(x, *rest, dy=dy)
+    assert_rounded_once(results, exact(x, *rest, dy))
+
+
+@runs_kernels
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides_of_the_leading_dimensions_are_not_copied(view):
+    """x is read where it lies, unless its rows do, or it has three strides or more."""
+    from lpln_autopatch.backends.fused import launch
+
+    x = VIEWS[view](torch.randn(6, 7, 64, device=DEVICE))
+    read, inner, outer_stride, inner_stride = launch._layout(x, 1)
+    copied = view in ("features not contiguous", "three strides")
+    assert (read.data_ptr() == x.data_ptr()) is not copied
+    for row, expected in enumerate(x.flatten(0, -2)):
+        begin = row // inner * outer_stride + row % inner * inner_stride
+        got = read.as_strided((x.shape[-1],), (1,), read.storage_offset() + begin)
+        assert torch.equal(got, expected)
+
+
+@runs_kernels
+def test_offsets_have_64_bits():
+    """Rows further apart than 2**31 elements are read and normalised."""
+    features = 64
+    memory = torch.empty(2**31 + features, dtype=FP16, device=DEVICE)  # only two rows are touched
+    x = memory.as_strided((2, features), (2**31, 1))
+    x.copy_(torch.randn(2, features))
+    check(x.detach().requires_grad_(), *arguments((2, features))[1:])
+
+
+@runs_kernels
+@pytest.mark.parametrize("features", [96, 9000])
+def test_two_runs_agree_bit_for_bit(features):
+    """Forward and backward are deterministic: no atomics."""
+    torch.manual_seed(0)
+    inputs = arguments((200 if features < 9000 else 20, features))
+    dy, *first = run(*inputs)
+    _, *second = run(*inputs, dy=dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@runs_kernels
+@pytest.mark.parametrize("features", [64, 9000])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)])
+def test_only_the_wanted_gradients(features, wanted, monkeypatch):
+    """What needs no gradient is not computed, and the others are what they are together."""
+    from lpln_autopatch.backends.fused import launch
+
+    torch.manual_seed(0)
+    x, shape, w, b = arguments((9, features))
+    dy, _, *together = run(x, shape, w, b)
+    leaves = [x, w, b]
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i in wanted)
+    computed = []
+    backward = launch.backward
+    monkeypatch.setattr(
+        launch, "backward", lambda *args: computed.append(backward(*args)) or computed[0]
+    )
+    y = fused.normalise(x, shape, w, b, 1e-5, BF16)
+    alone = torch.autograd.grad(y, [leaves[i] for i in wanted], dy)
+    assert all(torch.equal(a, together[i]) for a, i in zip(alone, wanted, strict=True))
+    assert [g is not None for g in computed[0]] == [i in wanted for i in range(3)]
+
+
+@runs_kernels
+def test_saved_for_backward_is_x_itself_and_two_floats_a_row():
+    """No rounded or upcast copy of x is kept."""
+    saved = []
+    x, *rest = arguments((16, 64), x_dtype=BF16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        fused.normalise(x, *rest, 1e-5, BF16)
+    pointers = {t.data_ptr() for t in (x, *rest[1:])}
+    others = [t for t in saved if t.data_ptr() not in pointers]
+    assert [(tuple(t.shape), t.dtype) for t in others] == [((2, 16), FP32)]
+    assert len(saved) == 4
+
+
+@runs_kernels
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_values_are_the_same(mode):
+    """no_grad and inference_mode change no bit."""
+    x, *rest = arguments((9, 100))
+    y = fused.normalise(x, *rest, 1e-5, BF16)
+    with mode():
+        assert torch.equal(fused.normalise(x, *rest, 1e-5, BF16), y)
+
+
+@runs_kernels
+@pytest.mark.parametrize("missing", [None, "weight", "bias"])
+def test_second_derivatives(missing):
+    """Double backward agrees with float64's."""
+    torch.manual_seed(0)
+
+    def second(normalise, x, w, b):
+        leaves = [t for t in (x, w, b) if t is not None]
+        y = normalise(x, w, b).double()
+        first = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.double().pow(2).sum() for g in first), leaves)
+
+    kept = {} if missing is None else {missing: False}
+    x, shape, w, b = arguments((5, 16), **kept)
+    got = second(lambda x, w, b: fused.normalise(x, shape, w, b, 1e-5, FP16), x, w, b)
+    leaves = [None if t is None else t.detach().double().requires_grad_() for t in (x, w, b)]
+
+    def reference(x, w, b):
+        # PyTorch's own double backward fails with a bias and no weight.
+        ones = torch.ones(shape, dtype=FP64, device=DEVICE)
+        return torch.nn.functional.layer_norm(x, shape, ones if w is None else w, b)
+
+    expected = second(reference, *leaves)
+    for result, value in zip(got, expected, strict=True):
+        assert (result.double() - value).norm() < 5e-3 * value.norm()
+
+
+def goes_native(x, *rest):
+    y = fused.normalise(x, *rest, 1e-5, BF16)
+    assert torch.equal(y, native.normalise(x, *rest, 1e-5, BF16))
+    return "_FusedLayerNorm" not in str(y.grad_fn)
+
+
+@runs_kernels
+def test_what_the_kernels_do_not_take_goes_native():
+    """Empty inputs, rows too long, float8, subclasses, parameters with strides of their own."""
+
+    class Tensor(torch.Tensor):
+        pass
+
+    x, shape, w, b = arguments((4, 8))
+    assert goes_native(*arguments((0, 8)))
+    assert goes_native(*arguments((1, 65537)))
+    assert goes_native(x.detach().to(torch.float8_e4m3fn), shape, w, b)
+    assert goes_native(x.detach().as_subclass(Tensor), shape, w, b)
+    assert goes_native(x, shape, torch.randn(16, device=DEVICE)[::2], b)
+    assert not goes_native(x, [8], w, b)
+
+
+@runs_kernels
+def test_wrong_shapes_get_pytorchs_own_error():
+    """Memory beyond a parameter or a row is never read."""
+    x, shape, w, b = arguments((4, 8))
+    with pytest.raises(RuntimeError, match=r"normalized_shape=\[9\]"):
+        fused.normalise(x, (9,), torch.ones(9, device=DEVICE), None, 1e-5, BF16)
+    with pytest.raises(RuntimeError, match="weight"):
+        fused.normalise(x, shape, w[:7], b, 1e-5, BF16)
+    with pytest.raises(RuntimeError, match="at least 1-dimensional"):
+        fused.normalise(x[0, 0], (), None, None, 1e-5, BF16)
+
+
+@runs_kernels
+def test_transforms_and_modes_go_native():
+    """torch.func, forward mode, batched gradients and fake tensors work, by native formulas."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x, shape, w, b = (t.detach() if isinstance(t, torch.Tensor) else t for t in arguments((4, 8)))
+
+    def f(x):
+        return fused.normalise(x, shape, w, b, 1e-5, BF16).float()
+
+    def reference(x):
+        return native.normalise(x, shape, w, b, 1e-5, BF16).float()
+
+    assert torch.equal(torch.func.vmap(f)(x), reference(x))
+    tangent = torch.randn_like(x)
+    for transform in (
+        lambda f: torch.func.jvp(f, (x,), (tangent,))[1],
+        lambda f: torch.func.grad(lambda x: f(x).pow(2).sum())(x),
+        lambda f: torch.func.jacrev(f)(x),
+    ):
+        torch.testing.assert_close(transform(f), transform(reference))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        got = forward_ad.unpack_dual(f(dual)).tangent
+        torch.testing.assert_close(got, forward_ad.unpack_dual(reference(dual)).tangent)
+
+    leaf = x.clone().requires_grad_()
+    batch = torch.randn(3, 4, 8, device=DEVICE)
+    got, expected = (
+        torch.autograd.grad(g(leaf), leaf, batch, is_grads_batched=True)[0] for g in (f, reference)
+    )
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = f(mode.from_tensor(x))
+    assert type(y).__name__ == "FakeTensor"
+
+
+@runs_kernels
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_layernorm_runs_it(use_reentrant):
+    """A LayerNorm under autocast runs the kernels, and again in a checkpoint's recomputation."""
+    norm = torch.nn.LayerNorm(64, device=DEVICE)
+    x = torch.randn(5, 64, device=DEVICE, requires_grad=True)
+    with low_precision_layernorm("bf16", backend="fused"), torch.autocast(DEVICE, dtype=BF16):
+        y = norm(x)
+        again = checkpoint(norm, x, use_reentrant=use_reentrant)
+    assert "_FusedLayerNorm" in type(y.grad_fn).__name__
+    assert torch.equal(y, again)
+    leaves = [x, norm.weight, norm.bias]
+    dy = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, leaves, dy)
+    again.backward(dy)
+    assert all(torch.equal(t.grad, g) for t, g in zip(leaves, gradients, strict=True))
+
+
+class BreaksTheGraph(torch.nn.Module):
+    """Dynamo gives its forward up inside a loop, and looks at what that calls by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(64, device=DEVICE)
+
+    def forward(self, x):
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            x = self.norm(x)
+        return x
+
+
+@runs_kernels
+def test_dynamo_compiles_none_of_it():
+    """Compiled code takes its own way; behind a graph break the kernels run, and make no graph."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = BreaksTheGraph()
+    x = torch.randn(5, 64, device=DEVICE, requires_grad=True)
+    with low_precision_layernorm("bf16", backend="fused"), torch.autocast(DEVICE, dtype=BF16):
+        y = torch.compile(model.norm, backend=backend, fullgraph=True)(x)
+        assert "_FusedLayerNorm" not in str(y.grad_fn)
+        assert len(graphs) == 1
+        y = torch.compile(model, backend=backend)(x)
+        assert "_FusedLayerNorm" in str(y.grad_fn)
+        y.backward(torch.ones_like(y))
+    assert len(graphs) == 1
+
+
+def kernels_of(call):
+    """The names of the kernels that `call` launches, when it has run before."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile() as profile:
+        call()
+        torch.cuda.synchronize()
+    return [e.name for e in profile.events() if "CUDA" in str(e.device_type)]
+
+
+@needs_gpu
+@pytest.mark.parametrize("x_dtype", [FP32, BF16])
+@pytest.mark.parametrize("features", [1024, 8192])
+def test_one_kernel_forward_and_two_backward(x_dtype, features):
+    """Nothing is launched but the kernels: no cast, no copy, no fill."""
+    x, *rest = arguments((4096, features), x_dtype=x_dtype)
+    y = fused.normalise(x, *rest, 1e-5, BF16)
+    dy = torch.randn_like(y)
+    leaves = [x, *rest[1:]]
+    assert kernels_of(lambda: fused.normalise(x, *rest, 1e-5, BF16)) == ["forward"]
+    backward = kernels_of(lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True))
+    assert backward == ["backward", "reduce"]
+
+
+@needs_gpu
+def test_cuda_graph_and_other_stream():
+    """Captured on a stream of its own and replayed on new values, forward and backward."""
+    x, *rest = arguments((64, 1024))
+    dy = torch.randn(64, 1024, device="cuda", dtype=BF16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(x, *rest, dy=dy)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, *captured = run(x, *rest, dy=dy)
+    with torch.no_grad():
+        x.normal_()
+    graph.replay()
+    _, *expected = run(x, *rest, dy=dy)
+    assert all(torch.equal(c, e) for c, e in zip(captured, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs; one is tested above")
+def test_second_gpu():
+    """A tensor on a device that is not the current one."""
+    x, shape, w, b = (
+        t.detach().to("cuda:1").requires_grad_() if isinstance(t, torch.Tensor) else t
+        for t in arguments((64, 1024))
+    )
+    dy = torch.randn(64, 1024, device="cuda:1", dtype=BF16)
+    _, *results = run(x, shape, w, b, dy=dy)
+    assert_rounded_once(results, exact(x, shape, w, b, dy))
+
+
+@needs_gpu
+def test_more_elements_than_32_bits_count():
+    """The last rows of more than 2**31 elements are as right as those of a small input."""
+    rows, features = 2**21 + 5, 1024
+    x = torch.randn(rows, features, device="cuda", dtype=BF16).requires_grad_()
+    _, *rest = arguments((1, features))
+    dy = torch.randn(rows, features, device="cuda", dtype=BF16)
+    _, y, dx, *_ = run(x, *rest, dy=dy)
+    last = x.detach()[-9:].clone().requires_grad_()
+    _, last_y, last_dx, *_ = run(last, *rest, dy=dy[-9:])
+    assert torch.equal(y[-9:], last_y)
+    assert torch.equal(dx[-9:], last_dx)
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here():
+    """Triton compiles each for compute capability 9.0, with every argument, and without some."""
+    pytest.importorskip("triton", reason="`make test-fused`, in CI, installs Triton")
+    printed = run_python("-c", COMPILE, TRITON_INTERPRET="0").stdout
+    kernels = ["forward", "forward_looped", "backward", "backward_looped", "reduce"]
+    assert printed.split() == [kernel for kernel in kernels for _ in range(3)]
+
+
+COMPILE = textwrap.dedent(
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from lpln_autopatch.backends.fused import kernels
+
+    TYPES = dict(
+        x="*bf16", weight="*fp32", bias="*fp64", y="*bf16", dy="*bf16", dx="*bf16",
+        statistics="*fp32", partials="*fp32", dweight="*fp32", dbias="*fp64", eps="fp32",
+    )
+    # As Triton specialises them: what is None, and an integer that is 1, is a constant.
+    ABSENT = [
+        {},
+        dict(weight=None, dx=None, dweight=None, x_inner=1),
+        dict(bias=None, partials=None, dbias=None, x_inner=1, dy_inner=1),
+    ]
+    for name in ("forward", "forward_looped", "backward", "backward_looped", "reduce"):
+        kernel = getattr(kernels, name)
+        for absent in ABSENT:
+            constants = {"ROWS": 4, "BLOCK": 2048, **absent}
+            if name.startswith("forward") and absent:
+                constants["statistics"] = None
+            if name == "reduce":
+                constants.pop("partials", None)
+            constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+            signature = {
+                argument: "constexpr" if argument in constants else TYPES.get(argument, "i32")
+                for argument in kernel.arg_names
+            }
+            source = triton.compiler.ASTSource(kernel, signature, constants)
+            options = {"enable_fp_fusion": True}
+            compiled = triton.compile(source, GPUTarget("cuda", 90, 32), options)
+            assert compiled.asm["cubin"]
+            print(name)
+    """
+)
+
+
+def test_missing_triton_is_named():
+    """Without Triton: an ImportError that names it and the command that installs it."""
+    code = """
+        import sys
+        sys.modules["triton"] = None
+        import lpln_autopatch
+        try:
+            lpln_autopatch.enable(backend="fused")
+        except ImportError as error:
+            print(error)
+        print(lpln_autopatch.status().precision)
+    """
+    lines = run_python("-c", textwrap.dedent(code)).stdout.splitlines()
+    expected = "pip install triton" if TORCH_VERSION >= (2, 6) else "needs torch 2.6"
+    assert expected in lines[0]
+    assert lines[-1] == "None"
+
+
+def test_old_torch_is_refused(monkeypatch):
+    """Before torch 2.6: an ImportError that says so."""
+    monkeypatch.setattr(fused, "TORCH_VERSION", (2, 5))
+    with pytest.raises(ImportError, match=r"needs torch 2\.6 or later"):
+        fused.load()
+
+
+def test_triton_is_imported_by_nobody_else():
+    """Only the fused backend imports Triton."""
+    code = "import lpln_autopatch as l, sys; l.enable(); print('triton.language' in sys.modules)"
+    assert run_python("-c", code).stdout.split()[-1] == "False"

@@ -1,0 +1,43 @@
+"""The documentation site, as `make docs` builds it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+import lpln_autopatch
+
+SITE = Path(os.environ.get("LPLN_TEST_SITE", ""))
+pytestmark = pytest.mark.skipif(
+    "LPLN_TEST_SITE" not in os.environ, reason="needs the site; `make docs`, and CI, build it first"
+)
+
+
+@pytest.mark.parametrize("name", lpln_autopatch.__all__)
+def test_public_name_is_on_the_api_page(name):
+    """Whatever is public, and loaded lazily, mkdocstrings finds."""
+    assert f'id="lpln_autopatch.{name}"' in (SITE / "api" / "index.html").read_text()
+
+
+def test_integrations_are_on_the_api_page():
+    """Those that need a framework too, which is not installed where the site is built."""
+    page = (SITE / "api" / "index.html").read_text()
+    for path in (ROOT / "lpln_autopatch" / "integrations").glob("[!_]*.py"):
+        assert f'id="lpln_autopatch.integrations.{path.stem}"' in page, path
+
+
+def test_readme_is_the_home_page():
+    """The README's links to docs/ lead to pages of the site."""
+    page = (SITE / "index.html").read_text()
+    assert '<a href="numerics/">docs/numerics.md</a>' in page
+    assert '<a href="CHANGELOG/">CHANGELOG</a>' in page
+
+
+def test_readers_fetch_nothing_from_elsewhere():
+    """No font, script, style or picture comes from another host."""
+    for page in SITE.rglob("*.html"):
+        assert not re.search(r'(src="|<link [^>]*href=")(https?:)?//', page.read_text()), page
