@@ -13,8 +13,7 @@ import pytest
 import torch
 from support import autocast, output_dtype, run_python
 
-from lpln_autopatch.bench import rivals, suites, timing
-from lpln_autopatch.bench.kernel import grid
+from lpln_autopatch.bench import kernel, rivals, suites, timing
 from lpln_autopatch.bench.layer import Case, Layer
 from lpln_autopatch.bench.options import Options
 from lpln_autopatch.bench.results import Row, table
@@ -128,6 +127,26 @@ def test_kernel_measures_what_is_here(tmp_path):
     assert rows[OURS[0]]["error y"] <= 1.001 * rows["stock"]["error y"]
     # On CPU ratios alone: no time that another machine could be compared with.
     assert {"us", "GB/s"}.isdisjoint(rows["stock"])
+
+
+def test_uncapturable_contender_has_a_reason(monkeypatch):
+    """A contender that passes its check and fails while it is prepared does not end the run."""
+    monkeypatch.setattr(timing, "graphed", lambda call: call)
+    options = Options(CPU, quick=True, graph=True, rounds=2)
+    entry = Layer.entry
+
+    def entry_or_error(self, contender, backward, graph=False):
+        if contender is rivals.LOWERED[0]:
+            raise RuntimeError("cannot be captured")
+        return entry(self, contender, backward, graph)
+
+    monkeypatch.setattr(Layer, "entry", entry_or_error)
+    progress = Counter()
+    rows = kernel.run(options, progress)
+    assert progress.count == progress.total == 4
+    reasons = {row.contender: row.reason for row in rows}
+    assert reasons[OURS[0]] == "RuntimeError: cannot be captured"
+    assert reasons["stock"] is None
 
 
 @needs_extra
@@ -266,6 +285,12 @@ class Counter:
     def __init__(self) -> None:
         self.count = 0
 
+    def reset(self, total: float) -> None:
+        self.total = total
+
+    def set_description_str(self, desc: str) -> None:
+        pass
+
     def update(self, n: float = 1) -> None:
         self.count += n
 
@@ -300,7 +325,7 @@ def test_ratio_is_of_the_same_round():
 
 def test_grid_is_that_of_memory_bound_sizes():
     """On an accelerator the full grid has 128 MiB of output at every point, and no less."""
-    cases = list(grid(Options(torch.device("cuda"))))
+    cases = list(kernel.grid(Options(torch.device("cuda"))))
     assert len({*cases}) == len(cases) == 8 * 2 * 2 * 2
     assert all(case.rows * case.features * 2 >= 128 << 20 for case in cases)
 

@@ -8,6 +8,7 @@ that of a copy on the same device, timed in the same turns.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import statistics
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from lpln_autopatch.bench import timing
 from lpln_autopatch.bench.layer import PASSES, Case, Layer, rows_of
 from lpln_autopatch.bench.options import Options
 from lpln_autopatch.bench.results import Figure, Row
-from lpln_autopatch.bench.rivals import COMPILED, LOWERED, OTHERS, STOCK, composer
+from lpln_autopatch.bench.rivals import COMPILED, LOWERED, OTHERS, STOCK, composer, sift
 from lpln_autopatch.bench.timing import Entry, Progress, Quartiles
 from lpln_autopatch.torch_compat import CPU_TAKES_MIXED_DTYPES, drop_compiled_code
 
@@ -56,7 +57,7 @@ def run(options: Options, progress: Progress) -> list[Row]:
 
 def _measure(layer: Layer, options: Options, progress: Progress) -> list[Row]:
     contenders = (STOCK, *LOWERED, composer(options.device), *COMPILED, *OTHERS)
-    checked = layer.check(contenders)
+    passed, reasons = layer.check(contenders)
     target = torch.empty_like(layer.xs[0], requires_grad=False)
 
     def copy_each() -> None:
@@ -65,10 +66,15 @@ def _measure(layer: Layer, options: Options, progress: Progress) -> list[Row]:
 
     rows: list[Row] = []
     for backward in PASSES:
-        entries = [layer.entry(contender, backward, options.graph) for contender in checked[0]]
-        copy = Entry("copy", contextlib.nullcontext, copy_each)
+        make = functools.partial(layer.entry, backward=backward, graph=options.graph)
+        # Not every kernel can be captured in a graph.
+        made, failed = sift(passed, options.device, make)
+        entries = list(made.values())
+        call = timing.graphed(copy_each) if options.graph else copy_each
+        copy = Entry("copy", contextlib.nullcontext, call)
         rounds, clock = options.rounds_or(20), timing.device_seconds
         timing.interleave([*entries, copy], clock, options.device, rounds, progress)
+        checked = {c: passed[c] for c in made}, {**reasons, **failed}
         size = _bytes(layer.case, backward)
 
         def speed(entry: Entry, size: int = size, copy: Entry = copy) -> dict[str, Figure]:
