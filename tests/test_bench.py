@@ -359,7 +359,8 @@ def test_table_lists_the_absent_once():
     [
         (["toast"], "'toast' is not a suite; valid: kernel, call, model, loss"),
         (["--quik"], "unrecognized arguments: --quik"),
-        (["call", "--rounds", "1"], "--rounds 1: at least 2"),
+        (["call", "--rounds", "1"], "--rounds: 1 is not a number from 2 on"),
+        (["kernel", "--features", "none"], "--features: none is not a number from 1 on"),
         (["call", "--dtype", "float64"], "invalid choice: 'float64'"),
         (["call", "--json", "no/such/folder/x.json"], "there is no such folder"),
     ],

@@ -12,7 +12,7 @@ import datetime
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,6 +69,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists what is valid)\n")
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
+        return int(text)
+
+    return number
+
+
 def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """The options, and the suites in the order of `SUITES`."""
     parser = _Parser(
@@ -82,22 +91,19 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--quick", action="store_true", help="small sizes: does it run? its figures mean nothing")
     add("--dtype", nargs="+", choices=["bfloat16", "float16"], help="what autocast runs in")
-    add("--rounds", type=int, help="rounds of timing, at least 2")
+    add("--rounds", type=_at_least(2), help="rounds of timing, at least 2")
     add("--graph", action="store_true", help="kernel: time CUDA graphs, the device alone")
-    add("--features", type=int, nargs="+", metavar="N", help="kernel: sizes of a row")
+    add("--features", type=_at_least(1), nargs="+", metavar="N", help="kernel: sizes of a row")
     add("--models", nargs="+", choices=["bert", "gpt2", "vit"], help="model: which")
     add("--modes", nargs="+", choices=["eager", "compiled"], help="model: which")
-    add("--steps", type=int, help="loss: steps of training, at least 20")
-    add("--seeds", type=int, help="loss: how many, at least 2")
+    add("--steps", type=_at_least(20), help="loss: steps of training, at least 20")
+    add("--seeds", type=_at_least(2), help="loss: how many, at least 2")
     add("--json", type=Path, metavar="FILE", help="write every figure")
     add("--plot", type=Path, metavar="FILE", help="draw them, a PNG")
     args = parser.parse_args(argv)
     unknown = [name for name in args.suites if name not in SUITES]
     if unknown:
         parser.error(f"{unknown[0]!r} is not a suite; valid: {', '.join(SUITES)}")
-    for name, least in (("rounds", 2), ("steps", 20), ("seeds", 2)):
-        if (value := getattr(args, name)) is not None and value < least:
-            parser.error(f"--{name} {value}: at least {least}")
     for file in (args.json, args.plot):
         if file is not None and not file.absolute().parent.is_dir():
             parser.error(f"{file}: there is no such folder")
