@@ -9,7 +9,7 @@ EXTRAS := $(if $(findstring ==1.,$(TORCH)),dev,dev,bench)
 INSTALLED := $(VENV)/installed
 EXAMPLE := docs/examples/train.py
 
-.PHONY: demo test test-fused test-composer lint docs dist clean
+.PHONY: demo test test-fused test-composer test-frameworks lint docs dist clean
 
 # The same training script twice, without and with LPLN_PRECISION, and both results side by side.
 demo: $(INSTALLED)
@@ -36,6 +36,13 @@ test-composer: $(INSTALLED)
 	$(VENV)/bin/pip install --quiet mosaicml-cli "importlib-metadata<9" torchmetrics==1.7.4 \
 	  torch_optimizer coolname tabulate py-cpuinfo psutil
 	LPLN_TEST_COMPOSER=1 $(VENV)/bin/pytest tests/test_composer.py
+
+test-frameworks: $(INSTALLED)
+	$(VENV)/bin/pip install --quiet "$$(echo $(VENV)/wheel/*.whl)[frameworks]" $(TORCH)
+	LPLN_TEST_FRAMEWORKS=1 $(VENV)/bin/pytest tests/test_report_on_models.py \
+	  tests/test_frameworks.py tests/test_lightning.py tests/test_transformers.py \
+	  tests/test_distributed.py
+	$(VENV)/bin/pytest tests/test_docs.py -k integrations
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

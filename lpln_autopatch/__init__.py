@@ -22,6 +22,7 @@ __all__ = [
     "enable",
     "exempt",
     "low_precision_layernorm",
+    "report",
     "revert_low_precision_layernorm",
     "status",
 ]
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         status,
     )
     from lpln_autopatch.precision import NoEffectWarning, Precision
+    from lpln_autopatch.reporting import report
     from lpln_autopatch.surgery import (
         LPLayerNorm,
         apply_low_precision_layernorm,
@@ -49,6 +51,7 @@ _HOME = {
     "exempt": "activation",
     "low_precision_layernorm": "activation",
     "status": "activation",
+    "report": "reporting",
     "LPLayerNorm": "surgery",
     "apply_low_precision_layernorm": "surgery",
     "revert_low_precision_layernorm": "surgery",

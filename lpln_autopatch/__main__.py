@@ -1,11 +1,43 @@
-"""python -m lpln_autopatch bench ...: the benchmark."""
+"""The command line: the doctor, and the benchmark."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
 import sys
+from importlib import import_module
+from typing import NoReturn
 
-from lpln_autopatch.bench import suites
+from lpln_autopatch.doctor import diagnose
 
-if sys.argv[1:2] != ["bench"]:
-    sys.exit("usage: python -m lpln_autopatch bench ...")
-sys.exit(suites.main(sys.argv[2:]))
+_PROGRAM = "python -m lpln_autopatch"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. Valid: --json, bench, --help.\n")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command that `arguments` name, and return its exit status."""
+    if arguments[:1] == ["bench"]:
+        # Not argparse's subcommands: the benchmark has a parser, and imports, of its own.
+        return int(import_module("lpln_autopatch.bench.suites").main(arguments[1:]))
+    parser = _Parser(
+        prog=_PROGRAM,
+        usage=f"{_PROGRAM} [--json]\n       {_PROGRAM} bench [--help] ...",
+        description="Say what is in force in a program that is started like this one, by which "
+        "route it came, and what can be used here. Exit status 1 if LPLN_PRECISION is set and "
+        "LayerNorm is not lowered. `bench` measures what lowering is worth on this machine.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="the same, for programs")
+    options = parser.parse_args(arguments)
+    diagnosis = diagnose()
+    print(json.dumps(dataclasses.asdict(diagnosis), indent=2) if options.json else diagnosis)
+    return 0 if diagnosis.problem is None else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

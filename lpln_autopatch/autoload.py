@@ -10,14 +10,22 @@ import os
 
 _VARIABLE = "LPLN_PRECISION"
 _AS_IF_UNSET = ("", "0", "off")
-_done = False
+
+acted: str | None = None
+"""The route that has activated, for `python -m lpln_autopatch`."""
 
 
-def on_torch_import(torch: object = None) -> None:
+def is_set() -> bool:
+    """Whether LPLN_PRECISION asks for anything, valid or not."""
+    return os.environ.get(_VARIABLE, "").lower() not in _AS_IF_UNSET
+
+
+def on_torch_import(torch: object = None, route: str | None = None) -> None:
     """Enable what LPLN_PRECISION asks for. Calling it again, by another route, does nothing.
 
     Args:
-        torch: The module, as post-import hooks pass it. Not used.
+        torch: The module, as post-import hooks pass it; torch itself does not.
+        route: Who calls, if neither torch nor autowrapt.
 
     Raises:
         SystemExit: LPLN_PRECISION or LPLN_BACKEND is not valid, or something that is needed does
@@ -25,9 +33,8 @@ def on_torch_import(torch: object = None) -> None:
             which an `except Exception` around an import would hide.
         ValueError, ImportError: The same in a thread, where Python ignores SystemExit.
     """
-    global _done
-    value = os.environ.get(_VARIABLE, "")
-    if _done or value.lower() in _AS_IF_UNSET:
+    global acted
+    if acted or not is_set():
         return
 
     import sys
@@ -46,7 +53,7 @@ def on_torch_import(torch: object = None) -> None:
     try:
         from lpln_autopatch.activation import enable_from
 
-        enable_from(value, "auto", "environment", _VARIABLE)
+        enable_from(os.environ[_VARIABLE], "auto", "environment", _VARIABLE)
     except (ValueError, ImportError) as error:
         reason = str(error).rstrip(".")
         message = f"{reason}. Unset {_VARIABLE} to leave LayerNorm as PyTorch has it."
@@ -56,4 +63,4 @@ def on_torch_import(torch: object = None) -> None:
     finally:
         for name, module in halves.items():
             sys.modules.setdefault(name, module)
-    _done = True
+    acted = route or ("torch.backends" if torch is None else "autowrapt")

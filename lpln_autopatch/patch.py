@@ -149,15 +149,15 @@ def install() -> None:
         raise
 
 
-def remove() -> None:
-    """Take every wrapper off that is on."""
+def remove(warn: bool = True) -> None:
+    """Take every wrapper off that is on, and warn of those that somebody else has wrapped."""
     global _compiled_without
     was_on = _LAYER_NORM.is_on()
     left = [patch.remove() for patch in (_LAYER_NORM, *_CHECKPOINT)]
     if was_on and not _LAYER_NORM.is_on():
         _compiled_without = watch_compilations()
     # Last of all, for those who make errors of warnings.
-    for message in filter(None, left):
+    for message in filter(None, left if warn else ()):
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 

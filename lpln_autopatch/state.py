@@ -137,11 +137,16 @@ def enter(request: Request | None, keep_wrapper: bool) -> object:
     return token
 
 
-def leave(token: object) -> None:
-    """Close the block that `enter` gave `token` for, in whatever order."""
+def leave(token: object, warn: bool = True) -> None:
+    """Close the block that `enter` gave `token` for, in whatever order.
+
+    Args:
+        token: What `enter` gave.
+        warn: Whether to say so if the wrapper has to go now and cannot.
+    """
     with _lock:
         del _blocks[token]
-        _apply()
+        _apply(warn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +166,8 @@ class Carried:
         try:
             return self.function(*args, **kwargs)
         finally:
-            leave(token)
+            # disable() has warned its caller; backward has nothing to do with it.
+            leave(token, warn=False)
 
 
 def _prepare(request: Request | None) -> None:
@@ -172,7 +178,7 @@ def _prepare(request: Request | None) -> None:
         patch.install()
 
 
-def _apply() -> None:
+def _apply(warn: bool = True) -> None:
     """Make the hot path and the patch follow what is recorded. Called with the lock held."""
     from lpln_autopatch import forward, patch, torch_compat
 
@@ -183,4 +189,4 @@ def _apply() -> None:
         forward.active = active
         torch_compat.drop_code_that_cannot_follow()
     if _base is None and not _blocks and not _keep_wrapper:
-        patch.remove()
+        patch.remove(warn)

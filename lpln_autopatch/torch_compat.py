@@ -123,6 +123,24 @@ def traced_like_torch_nn(function: _F) -> _F:
     return function
 
 
+def loads_entry_points() -> bool | None:
+    """Whether `import torch` loads those of `torch.backends`; None where it does not know how."""
+    # until torch 2.5
+    is_enabled: Any = getattr(torch, "_is_device_backend_autoload_enabled", None)
+    return None if is_enabled is None else bool(is_enabled())
+
+
+def devices() -> list[str]:
+    """The devices here that autocast knows, with their names."""
+    found = ["cpu"]
+    for kind in ("cuda", "xpu"):
+        module = getattr(torch, kind, None)  # until torch 2.3: no torch.xpu
+        if module is not None and module.is_available():
+            count = range(module.device_count())
+            found += [f"{kind}:{index} {module.get_device_name(index)}" for index in count]
+    return [*found, "mps"] if torch.backends.mps.is_available() else found
+
+
 def watch_compilations() -> Callable[[], bool]:
     """A function to call once, that says whether Dynamo may have compiled anything by then."""
     dynamo = sys.modules.get("torch._dynamo.callback")

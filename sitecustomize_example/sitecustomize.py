@@ -22,12 +22,18 @@ class _RefuseTorch:
             raise SystemExit("LPLN_PRECISION is set, and wrapt cannot be imported: see above.")
 
 
+def _on_torch_import(torch):
+    # Here: lpln_autopatch is imported with torch, not in every Python that starts.
+    from lpln_autopatch.autoload import on_torch_import
+
+    on_torch_import(torch, "sitecustomize")
+
+
 def _activate_when_torch_is_imported():
     try:
         import wrapt
 
-        # By name: lpln_autopatch is imported with torch, not in every Python that starts here.
-        wrapt.register_post_import_hook("lpln_autopatch.autoload:on_torch_import", "torch")
+        wrapt.register_post_import_hook(_on_torch_import, "torch")
     except ImportError:
         sys.meta_path.insert(0, _RefuseTorch)
         raise

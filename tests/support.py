@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,10 +18,28 @@ from lpln_autopatch.torch_compat import TORCH_VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# The variables of the one route of zero code that works on every torch.
+A_ROUTE = {
+    "PYTHONPATH": str(ROOT / "sitecustomize_example"),
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+}
+
 needs_dynamo = pytest.mark.skipif(
     TORCH_VERSION < (2, 5),
     reason="before torch 2.5 Dynamo does not trace LayerNorm.forward; CI runs this on later ones",
 )
+
+
+def needs_library(name: str) -> pytest.MarkDecorator:
+    """Skip where the library is missing; where `make test-frameworks` installed it, never."""
+    missing = importlib.util.find_spec(name) is None
+    if missing and os.environ.get("LPLN_TEST_FRAMEWORKS"):
+        raise ImportError(f"LPLN_TEST_FRAMEWORKS is set, and {name} is not installed")
+    return pytest.mark.skipif(
+        missing, reason=f"needs {name}; `make test-frameworks`, and CI, have it"
+    )
+
+
 AUTOCAST_DTYPES = [torch.bfloat16, torch.float16]
 if TORCH_VERSION < (2, 4):
     AUTOCAST_DTYPES.remove(torch.float16)  # autocast on CPU refuses it there
@@ -34,6 +56,28 @@ def output_dtype(
     """The dtype that `module` gives for x (float32, 4x8) under CPU autocast to `dtype`."""
     with autocast(dtype):
         return module(torch.randn(4, 8) if x is None else x).dtype
+
+
+@contextlib.contextmanager
+def layer_norm_dtypes(model: torch.nn.Module) -> Iterator[list[str]]:
+    """What the LayerNorms of `model` give inside the block, call by call."""
+    dtypes: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda m, args, out: dtypes.append(str(out.dtype)))
+        for module in model.modules()
+        if isinstance(module, torch.nn.LayerNorm)
+    ]
+    yield dtypes
+    for hook in hooks:
+        hook.remove()
+
+
+def digest(model: torch.nn.Module) -> str:
+    """The parameters of `model`, to the bit."""
+    total = hashlib.sha256()
+    for parameter in model.parameters():
+        total.update(bytes(parameter.detach().flatten().view(torch.uint8).tolist()))
+    return total.hexdigest()
 
 
 def run_python(

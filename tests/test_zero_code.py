@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import textwrap
 
@@ -238,6 +237,7 @@ def test_unset_costs_less_than_a_millisecond():
         "import lpln_autopatch.forward",
         "import lpln_autopatch.torch_compat",
         "from lpln_autopatch import LPLayerNorm, apply_low_precision_layernorm",
+        "from lpln_autopatch import report",
     ],
 )
 def test_our_import_before_torchs(first):
@@ -287,52 +287,3 @@ def test_child_processes_inherit(tmp_path, method):
     environment = ROUTES["sitecustomize"] if not HAS_AUTOLOAD else {}
     result = run_python(str(script), LPLN_PRECISION="amp", **environment)
     assert result.stdout.split() == ["torch.bfloat16"] * 2
-
-
-DDP = """
-import json, os, torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 1))
-model = torch.nn.Sequential(torch.nn.LayerNorm(8), model)
-seen = []
-for module in model.modules():
-    if isinstance(module, torch.nn.LayerNorm):
-        module.register_forward_hook(lambda m, a, out: seen.append(str(out.dtype)))
-model = DistributedDataParallel(model)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-torch.manual_seed(dist.get_rank())
-for _ in range(3):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(torch.randn(16, 8)).float().square().mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-total = sum(p.double().sum().item() for p in model.parameters())
-with open(os.path.join(os.environ["RESULTS"], str(dist.get_rank())), "w") as file:
-    json.dump([sorted(set(seen)), total], file)
-dist.destroy_process_group()
-os._exit(0)  # gloo's threads sometimes abort a process while the interpreter shuts down
-"""
-
-
-@pytest.mark.skipif(
-    TORCH_VERSION < (2, 0), reason="torchrun of torch 1.13 does not run on Python 3.11"
-)
-def test_torchrun_with_ddp(tmp_path):
-    """Two ranks under torchrun are both lowered, and agree after training."""
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP)
-    environment = ROUTES["sitecustomize"] if not HAS_AUTOLOAD else {}
-    run_python(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)),
-        LPLN_PRECISION="amp",
-        RESULTS=str(tmp_path),
-        OMP_NUM_THREADS="1",
-        **environment,
-    )
-    first, second = (json.loads((tmp_path / rank).read_text()) for rank in ("0", "1"))
-    assert first == second
-    assert first[0] == ["torch.bfloat16"]

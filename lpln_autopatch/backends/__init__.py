@@ -81,15 +81,22 @@ def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
     if name in _BUILT_IN:
         return name, _BUILT_IN[name]()
     for entry_point in entry_points(group=GROUP, name=name):
+        where = f"{argument}={name!r}: the backend {entry_point.value}"
         try:
-            return name, entry_point.load()
+            backend = entry_point.load()
         except Exception as error:
             raise ImportError(
-                f"{argument}={name!r}: the backend {entry_point.value} does not load: {error!r}. "
-                "Repair or uninstall it, or name another one."
+                f"{where} does not load: {error!r}. Repair or uninstall it, or name another one."
             ) from error
-    valid = ["auto", *_BUILT_IN, *(entry_point.name for entry_point in entry_points(group=GROUP))]
-    raise ValueError(f"{argument}={name!r} is not a backend. Valid: {', '.join(valid)}.")
+        if not callable(backend):
+            raise ImportError(f"{where} is {backend!r}, not a function. Name another one.")
+        return name, backend
+    raise ValueError(f"{argument}={name!r} is not a backend. Valid: auto, {', '.join(names())}.")
+
+
+def names() -> list[str]:
+    """Every backend that can be named here, usable or not."""
+    return [*_BUILT_IN, *(entry_point.name for entry_point in entry_points(group=GROUP))]
 
 
 def automatic(precision: Precision) -> str:

@@ -45,8 +45,11 @@ def normalise(
     if x.is_cpu:
         if x.dtype is torch.float32 and (weight is None or weight.dtype is torch.float32):
             return F.layer_norm(x, normalized_shape, weight, bias, eps).to(dtype=dtype)
-    elif (x.dtype is dtype or x.dtype is torch.float32) and (
-        CUDA_NORMALISES_BFLOAT16 or dtype is torch.float16
+    elif (
+        (x.dtype is dtype or x.dtype is torch.float32)
+        and (CUDA_NORMALISES_BFLOAT16 or dtype is torch.float16)
+        # Autograd cannot save it; a copy in float32, as stock makes of it, it can.
+        and not (x.is_inference() and torch.is_grad_enabled())
     ):
         return normalise_in_low_precision(x, normalized_shape, weight, bias, eps, dtype)
     return normalise_in_float32(x, normalized_shape, weight, bias, eps, dtype)

@@ -36,13 +36,15 @@ def load() -> Backend:
     """`normalise`, if Triton is here.
 
     Raises:
-        ImportError: it is not, or this torch is too old. What to do.
+        ImportError: it is not, or this torch is too old, or for ROCm. What to do.
     """
     if TORCH_VERSION < (2, 6):
         raise ImportError(
             f"backend 'fused' needs torch 2.6 or later, this is {torch.__version__}. "
             "Update it, or name another backend."
         )
+    if torch.version.hip is not None:
+        raise ImportError("backend 'fused' is not for ROCm. Name another backend.")
     try:
         _launch()
     except ImportError as error:
@@ -76,7 +78,9 @@ def normalise(
     if not _takes(x, shape, weight, bias):
         return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
     y: torch.Tensor
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    ):
         y = _FusedLayerNorm.apply(x, len(shape), weight, bias, eps, dtype)  # type: ignore[no-untyped-call]
     else:
         y = _launch().forward(x, len(shape), weight, bias, eps, dtype, None)
@@ -89,22 +93,23 @@ def _takes(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> bool:
-    rows_of = x.shape[-len(shape) :]
     return (
         (x.is_cuda or (x.is_cpu and _launch().INTERPRETED))
         and x.dtype in _X_DTYPES
-        and type(x) in _PLAIN
-        # Another shape, or none, gets PyTorch's own error.
-        and rows_of == shape
-        and len(shape) > 0
-        and x.numel() > 0
-        and rows_of.numel() <= MAX_FEATURES
-        and _takes_parameter(weight, x, shape)
-        and _takes_parameter(bias, x, shape)
         # The kernels have no formula for functorch's transforms and for forward mode, and a
         # TorchDispatchMode (FakeTensorMode, ...) would not see them.
         and not something_intercepts_operators()
         and not forward_mode_is_on()
+        and _is_plain(x)
+        # Autograd cannot save it; a copy in float32, as stock makes of low precision, it can.
+        and not (x.is_inference() and torch.is_grad_enabled())
+        # Another shape, or none, gets PyTorch's own error.
+        and x.shape[-len(shape) :] == shape
+        and len(shape) > 0
+        and x.numel() > 0
+        and x.shape[-len(shape) :].numel() <= MAX_FEATURES
+        and _takes_parameter(weight, x, shape)
+        and _takes_parameter(bias, x, shape)
     )
 
 
@@ -114,10 +119,26 @@ def _takes_parameter(
     return parameter is None or (
         parameter.dtype in _PARAMETER_DTYPES
         and type(parameter) in _PLAIN
+        and not parameter.is_neg()
         and parameter.shape == shape
         and parameter.device == x.device
         and parameter.is_contiguous()
     )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is what lies in its memory: no subclass, negative view, zero, batch, ..."""
+    keys = torch._C._dispatch_keys(tensor).raw_repr()
+    return type(tensor) in _PLAIN and keys in _plain_keys(tensor.is_cuda)
+
+
+@functools.cache
+def _plain_keys(is_cuda: bool) -> frozenset[int]:
+    device = "cuda" if is_cuda else "cpu"
+    normal = torch.empty(0, device=device)
+    with torch.inference_mode():
+        inference = torch.empty(0, device=device)
+    return frozenset(torch._C._dispatch_keys(tensor).raw_repr() for tensor in (normal, inference))
 
 
 class _FusedLayerNorm(torch.autograd.Function):
@@ -141,16 +162,20 @@ class _FusedLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias, statistics = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-        backward = _launch().backward
-        # With create_graph what comes out is differentiated again; dy may be a batch of gradients.
+        arguments = (dy, x, ctx.n_dims, weight, bias, statistics, wanted)
+        # With create_graph, what comes out is differentiated again.
+        differentiated = torch.is_grad_enabled() or forward_mode_is_on()
+        # What hooks on saved tensors give back may be anything of the right shape.
         if (
-            torch.is_grad_enabled()
+            differentiated
             or something_intercepts_operators()
-            or type(dy) not in _PLAIN
-            or torch._C._functorch.is_legacy_batchedtensor(dy)
+            or not all(t is None or _is_plain(t) for t in (dy, x, weight, statistics))
+            or not (weight is None or weight.is_contiguous())
+            or not statistics.is_contiguous()
         ):
-            backward = _backward_natively
-        dx, dweight, dbias = backward(dy, x, ctx.n_dims, weight, bias, statistics, wanted)
+            dx, dweight, dbias = _backward_natively(*arguments)
+        else:
+            dx, dweight, dbias = _launch().backward(*arguments)
         return dx, None, dweight, dbias, None, None
 
 

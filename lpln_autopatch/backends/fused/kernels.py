@@ -1,9 +1,9 @@
 """The Triton kernels of the backend "fused".
 
 Each works on tiles of ROWS rows. Where a row fits into one block, a tile is held in registers from
-its one read to its one write; the `_looped` kernels go over a longer row in blocks, and read it a
-second time, from cache. x, weight, bias and dy are read in their own dtypes, computed with in
-float32, and rounded once, on writing.
+its one read to its one write; the `_looped` kernels go over a longer row in blocks, twice. x,
+weight, bias and dy are read in their own dtypes, computed with in float32, and rounded once, on
+writing.
 
 Arguments that several kernels share:
     M, N: Rows, and features in each.
@@ -39,6 +39,15 @@ def _load(tensor, rows, columns, mask, inner, outer_stride, inner_stride):
 
 
 @triton.jit
+def _load_parameter(parameter, columns, N, if_none: tl.constexpr):
+    if parameter is None:
+        value = if_none
+    else:
+        value = tl.load(parameter + columns, columns < N, 0.0).to(tl.float32)[None, :]
+    return value
+
+
+@triton.jit
 def _store(tensor, value, rows, columns, mask, N):
     offsets = rows[:, None] * N + columns[None, :]
     tl.store(tensor + offsets, _round(value, tensor.dtype.element_ty), mask)
@@ -55,28 +64,15 @@ def _round(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load_features(parameter, columns, N):
-    return tl.load(parameter + columns, columns < N, 0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _affine(xhat, weight, bias, columns, N):
-    if weight is not None:
-        xhat = xhat * _load_features(weight, columns, N)
-    if bias is not None:
-        xhat = xhat + _load_features(bias, columns, N)
-    return xhat
-
-
-@triton.jit
 def _store_statistics(statistics, mean, rstd, rows, M):
     if statistics is not None:
         tl.store(statistics + rows, mean, rows < M)
         tl.store(statistics + M + rows, rstd, rows < M)
 
 
-@triton.jit
-def forward(
+# M changes from batch to batch: no compilation for each kind of number that it may be.
+@triton.jit(do_not_specialize=["M"])
+def layer_norm_forward(
     x, weight, bias, y, statistics,
     M, N, eps, x_inner, x_outer_stride, x_inner_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -89,11 +85,13 @@ def forward(
     centred = tl.where(mask, value - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / N + eps)
     _store_statistics(statistics, mean, rstd, rows, M)
-    _store(y, _affine(centred * rstd[:, None], weight, bias, columns, N), rows, columns, mask, N)
+    scale = _load_parameter(weight, columns, N, 1.0)
+    shift = _load_parameter(bias, columns, N, 0.0)
+    _store(y, centred * rstd[:, None] * scale + shift, rows, columns, mask, N)
 
 
-@triton.jit
-def forward_looped(
+@triton.jit(do_not_specialize=["M"])
+def layer_norm_forward_looped(
     x, weight, bias, y, statistics,
     M, N, eps, x_inner, x_outer_stride, x_inner_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -107,57 +105,56 @@ def forward_looped(
         mask = (rows < M)[:, None] & (columns < N)[None, :]
         value = _load(x, rows, columns, mask, x_inner, x_outer_stride, x_inner_stride)
         count = tl.minimum(N - begin, BLOCK)
+        part = count / (begin + count)
         block_mean = tl.sum(value, 1) / count
         centred = tl.where(mask, value - block_mean[:, None], 0.0)
         change = block_mean - mean
-        mean += change * (count / (begin + count))
-        squares += tl.sum(centred * centred, 1) + change * change * begin * (
-            count / (begin + count)
-        )
+        mean += change * part
+        squares += tl.sum(centred * centred, 1) + change * change * begin * part
     rstd = tl.rsqrt(squares / N + eps)
     _store_statistics(statistics, mean, rstd, rows, M)
     for begin in range(0, N, BLOCK):
         columns = begin + tl.arange(0, BLOCK)
         mask = (rows < M)[:, None] & (columns < N)[None, :]
         value = _load(x, rows, columns, mask, x_inner, x_outer_stride, x_inner_stride)
+        scale = _load_parameter(weight, columns, N, 1.0)
+        shift = _load_parameter(bias, columns, N, 0.0)
         xhat = (value - mean[:, None]) * rstd[:, None]
-        _store(y, _affine(xhat, weight, bias, columns, N), rows, columns, mask, N)
+        _store(y, xhat * scale + shift, rows, columns, mask, N)
 
 
 @triton.jit
 def _load_xhat_and_gradient(
-    x, weight, dy, mean, rstd, rows, columns, mask, N,
+    x, dy, mean, rstd, rows, columns, mask,
     x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
 ):  # fmt: skip
-    """The normalised x, dy, and the gradient of the normalised x."""
     value = _load(x, rows, columns, mask, x_inner, x_outer_stride, x_inner_stride)
     xhat = (value - mean[:, None]) * rstd[:, None]
-    upstream = _load(dy, rows, columns, mask, dy_inner, dy_outer_stride, dy_inner_stride)
-    dxhat = upstream
-    if weight is not None:
-        dxhat = upstream * _load_features(weight, columns, N)
-    return xhat, upstream, dxhat
+    return xhat, _load(dy, rows, columns, mask, dy_inner, dy_outer_stride, dy_inner_stride)
 
 
-@triton.jit
-def backward(
+@triton.jit(do_not_specialize=["M"])
+def layer_norm_backward(
     x, weight, dy, statistics, dx, partials,
     M, N, x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
+    scale = _load_parameter(weight, columns, N, 1.0)
     dweight = tl.zeros((BLOCK,), tl.float32)
     dbias = tl.zeros((BLOCK,), tl.float32)
-    for first in range(tl.program_id(0).to(tl.int64) * ROWS, M, tl.num_programs(0) * ROWS):
+    step = tl.num_programs(0) * ROWS
+    for first in tl.range(tl.program_id(0).to(tl.int64) * ROWS, M, step, num_stages=STAGES):
         rows = _rows(first, ROWS)
         mask = (rows < M)[:, None] & (columns < N)[None, :]
         mean = tl.load(statistics + rows, rows < M, 0.0)
         rstd = tl.load(statistics + M + rows, rows < M, 0.0)
-        xhat, upstream, dxhat = _load_xhat_and_gradient(
-            x, weight, dy, mean, rstd, rows, columns, mask, N,
+        xhat, upstream = _load_xhat_and_gradient(
+            x, dy, mean, rstd, rows, columns, mask,
             x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
         )  # fmt: skip
         if dx is not None:
+            dxhat = upstream * scale
             along_xhat = tl.sum(xhat * dxhat, 1) / N
             along_ones = tl.sum(dxhat, 1) / N
             value = dxhat - xhat * along_xhat[:, None] - along_ones[:, None]
@@ -171,69 +168,76 @@ def backward(
         tl.store(own + tl.num_programs(0) * N, dbias, columns < N)
 
 
-@triton.jit
-def backward_looped(
+@triton.jit(do_not_specialize=["M"])
+def layer_norm_backward_looped(
     x, weight, dy, statistics, dx, partials,
     M, N, x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`partials` must be zeros: a row is too long to sum up in registers."""
-    for first in range(tl.program_id(0).to(tl.int64) * ROWS, M, tl.num_programs(0) * ROWS):
+    begin_of_rows = tl.program_id(0).to(tl.int64) * ROWS
+    for first in range(begin_of_rows, M, tl.num_programs(0) * ROWS):
         rows = _rows(first, ROWS)
         mean = tl.load(statistics + rows, rows < M, 0.0)
         rstd = tl.load(statistics + M + rows, rows < M, 0.0)
         along_xhat = tl.zeros((ROWS,), tl.float32)
         along_ones = tl.zeros((ROWS,), tl.float32)
         if dx is not None:
-            for begin in range(0, N, BLOCK):
+            for begin in tl.range(0, N, BLOCK, num_stages=STAGES):
                 columns = begin + tl.arange(0, BLOCK)
                 mask = (rows < M)[:, None] & (columns < N)[None, :]
-                xhat, upstream, dxhat = _load_xhat_and_gradient(
-                    x, weight, dy, mean, rstd, rows, columns, mask, N,
+                xhat, upstream = _load_xhat_and_gradient(
+                    x, dy, mean, rstd, rows, columns, mask,
                     x_inner, x_outer_stride, x_inner_stride,
                     dy_inner, dy_outer_stride, dy_inner_stride,
                 )  # fmt: skip
+                dxhat = upstream * _load_parameter(weight, columns, N, 1.0)
                 along_xhat += tl.sum(xhat * dxhat, 1) / N
                 along_ones += tl.sum(dxhat, 1) / N
-        for begin in range(0, N, BLOCK):
+        for begin in tl.range(0, N, BLOCK, num_stages=STAGES):
             columns = begin + tl.arange(0, BLOCK)
             mask = (rows < M)[:, None] & (columns < N)[None, :]
-            xhat, upstream, dxhat = _load_xhat_and_gradient(
-                x, weight, dy, mean, rstd, rows, columns, mask, N,
+            xhat, upstream = _load_xhat_and_gradient(
+                x, dy, mean, rstd, rows, columns, mask,
                 x_inner, x_outer_stride, x_inner_stride,
                 dy_inner, dy_outer_stride, dy_inner_stride,
             )  # fmt: skip
             if dx is not None:
+                dxhat = upstream * _load_parameter(weight, columns, N, 1.0)
                 value = dxhat - xhat * along_xhat[:, None] - along_ones[:, None]
                 _store(dx, value * rstd[:, None], rows, columns, mask, N)
             if partials is not None:
+                # A row is too long to sum up in registers.
                 own = partials + tl.program_id(0) * N + columns
-                _add(own, tl.sum(upstream * xhat, 0), columns < N)
-                _add(own + tl.num_programs(0) * N, tl.sum(upstream, 0), columns < N)
-        # What one thread has added may be another's to add to in the next tile.
+                filled = (columns < N) & (tl.full((BLOCK,), first, tl.int64) > begin_of_rows)
+                dweight = tl.sum(upstream * xhat, 0) + tl.load(own, filled, 0.0)
+                tl.store(own, dweight, columns < N)
+                own += tl.num_programs(0) * N
+                dbias = tl.sum(upstream, 0) + tl.load(own, filled, 0.0)
+                tl.store(own, dbias, columns < N)
+        # What one thread has stored may be another's to add to in the next tile.
         tl.debug_barrier()
 
 
-@triton.jit
-def _add(pointers, value, mask):
-    tl.store(pointers, tl.load(pointers, mask, 0.0) + value, mask)
-
-
-@triton.jit
-def reduce(partials, dweight, dbias, programs, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["programs"])
+def layer_norm_reduce(
+    partials, dweight, dbias, programs, N, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Sum the partials up, into dweight and dbias, always in the same order."""
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if dweight is not None:
-        _reduce_one(partials, dweight, columns, programs, N, ROWS, BLOCK)
-    if dbias is not None:
-        _reduce_one(partials + programs * N, dbias, columns, programs, N, ROWS, BLOCK)
+    if tl.program_id(1) == 0:
+        if dweight is not None:
+            _reduce(partials, dweight, columns, programs, N, ROWS, BLOCK)
+    else:
+        if dbias is not None:
+            _reduce(partials + programs * N, dbias, columns, programs, N, ROWS, BLOCK)
 
 
 @triton.jit
-def _reduce_one(partials, result, columns, programs, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _reduce(partials, result, columns, programs, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for begin in range(0, programs, ROWS):
         rows = begin + tl.arange(0, ROWS)
         mask = (rows < programs)[:, None] & (columns < N)[None, :]
         total += tl.load(partials + rows[:, None] * N + columns[None, :], mask, 0.0)
-    tl.store(result + columns, _round(tl.sum(total, 0), result.dtype.element_ty), columns < N)
+    value = _round(tl.sum(total, 0), result.dtype.element_ty)
+    tl.store(result + columns, value, columns < N)

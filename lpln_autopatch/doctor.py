@@ -1,0 +1,233 @@
+"""What `python -m lpln_autopatch` finds out: what is in force here, by which route, or why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import TYPE_CHECKING
+
+from lpln_autopatch import autoload
+from lpln_autopatch.precision import Precision
+
+if TYPE_CHECKING:
+    from lpln_autopatch.state import Request
+
+VARIABLES = (
+    "LPLN_PRECISION",
+    "LPLN_BACKEND",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD",
+    "AUTOWRAPT_BOOTSTRAP",
+    "PYTHONPATH",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Whether something can be used here.
+
+    Attributes:
+        usable: Whether it can.
+        detail: Why not, or what it is.
+    """
+
+    usable: bool
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{'yes' if self.usable else 'no'}{self.detail and f': {self.detail}'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """The state of this process after `import torch`, as a program that starts like it has it.
+
+    Attributes:
+        versions: Of lpln_autopatch, torch, wrapt and python.
+        environment: The variables that matter, None where unset.
+        precision: The precision in force, or None.
+        backend: What normalises, or None.
+        source: "environment", or None.
+        installed: Whether the wrapper is on `LayerNorm.forward`.
+        acted: The route that activated, or None.
+        routes: The ways of activation without code, and whether each is open.
+        backends: Every backend that can be named, and whether it can be used.
+        devices: The devices that torch sees.
+        problem: Why LayerNorm is not lowered though LPLN_PRECISION is set, or what import fails;
+            or None.
+    """
+
+    versions: dict[str, str | None]
+    environment: dict[str, str | None]
+    precision: str | None = None
+    backend: str | None = None
+    source: str | None = None
+    installed: bool = False
+    acted: str | None = None
+    routes: dict[str, Finding] = dataclasses.field(default_factory=dict)
+    backends: dict[str, Finding] = dataclasses.field(default_factory=dict)
+    devices: list[str] = dataclasses.field(default_factory=list)
+    problem: str | None = None
+
+    def __str__(self) -> str:
+        in_force = ("precision", "backend", "source", "installed", "acted")
+        sections: dict[str, dict[str, object]] = {
+            "versions": dict(self.versions),
+            "environment": dict(self.environment),
+            "in force": {name: getattr(self, name) for name in in_force},
+            "routes": dict(self.routes),
+            "backends": dict(self.backends),
+            "devices": dict.fromkeys(self.devices, ""),
+        }
+        lines = []
+        for title, rows in sections.items():
+            if rows:
+                lines.append(title)
+            for name, value in rows.items():
+                shown = "-" if value is None else value
+                lines.append(f"  {name:30} {shown}".rstrip())
+        return "\n".join([*lines, "", self.verdict])
+
+    @property
+    def verdict(self) -> str:
+        """The outcome, in a line."""
+        if self.problem is not None:
+            return f"LayerNorm is not lowered: {self.problem}"
+        if self.precision is None:
+            return "LPLN_PRECISION is not set: LayerNorm is as PyTorch has it."
+        return f"LayerNorm is lowered: precision {self.precision}, by the route {self.acted}."
+
+
+def diagnose() -> Diagnosis:
+    """Import torch, as a program would, and look at what that has done."""
+    versions = {name: _version(name) for name in ("lpln_autopatch", "torch", "wrapt")}
+    common = Diagnosis(
+        versions={**versions, "python": platform.python_version()},
+        environment={name: os.environ.get(name) for name in VARIABLES},
+    )
+    try:
+        import torch  # noqa: F401
+
+        from lpln_autopatch import backends, patch, state, torch_compat
+    except SystemExit as error:  # our own, at a wrong variable
+        return dataclasses.replace(common, problem=str(error).removeprefix("lpln_autopatch: "))
+    except Exception as error:
+        return dataclasses.replace(common, problem=f"an import fails: {error!r}.")
+    request, routes = state.current(), _routes()
+    return dataclasses.replace(
+        common,
+        precision=str(request.precision) if request else None,
+        backend=request.backend if request else None,
+        source=request.source if request else None,
+        installed=patch.is_installed(),
+        acted=autoload.acted,
+        routes=routes,
+        backends={name: _backend(name) for name in ("auto", *backends.names())},
+        devices=torch_compat.devices(),
+        problem=_problem(request, routes) if autoload.is_set() else None,
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _routes() -> dict[str, Finding]:
+    return {
+        "torch.backends": _closed(_why_no_entry_point()),
+        "sitecustomize": _closed(_why_no_sitecustomize()),
+        "autowrapt": _closed(_why_no_autowrapt()),
+    }
+
+
+def _closed(reason: str) -> Finding:
+    return Finding(not reason, reason)
+
+
+def _why_no_entry_point() -> str:
+    from lpln_autopatch import torch_compat
+
+    loads = torch_compat.loads_entry_points()
+    if loads is None:
+        return "torch before 2.5 loads no entry points"
+    if not loads:
+        return "TORCH_DEVICE_BACKEND_AUTOLOAD switches it off"
+    if not entry_points(group="torch.backends", name="lpln_autopatch"):
+        return "lpln_autopatch is not installed, only on the path"
+    return ""
+
+
+def _why_no_sitecustomize() -> str:
+    module = sys.modules.get("sitecustomize")
+    # By a name of it: the file may have been copied.
+    if hasattr(module, "_activate_when_torch_is_imported"):
+        return ""
+    other = getattr(module, "__file__", None)
+    found = f": {other} is the one that Python found" if other else ""
+    return f"sitecustomize_example is not first on PYTHONPATH{found}"
+
+
+def _why_no_autowrapt() -> str:
+    if _version("autowrapt") is None:
+        return "autowrapt is not installed: pip install autowrapt"
+    named = os.environ.get("AUTOWRAPT_BOOTSTRAP", "").split(",")
+    if "lpln_autopatch" not in (name.strip() for name in named):
+        return "AUTOWRAPT_BOOTSTRAP does not name lpln_autopatch"
+    if not entry_points(group="lpln_autopatch", name="torch"):
+        return "lpln_autopatch is not installed, only on the path"
+    return ""
+
+
+def _backend(name: str) -> Finding:
+    """Whether `name` can be used, by loading it."""
+    from lpln_autopatch import backends
+
+    try:
+        chosen, _ = backends.resolve(name, Precision.AMP)
+    except Exception as error:
+        return Finding(False, str(error))
+    return Finding(True, chosen if chosen != name else "")
+
+
+def _problem(request: Request | None, routes: dict[str, Finding]) -> str | None:
+    """Why LayerNorm is not lowered though LPLN_PRECISION is set, or None if it is."""
+    try:
+        precision = Precision.parse(os.environ["LPLN_PRECISION"], "LPLN_PRECISION")
+    except ValueError as error:
+        return str(error)
+    if request is None:
+        closed = "; ".join(
+            f"{name}: {found.detail or 'open, and did not act'}" for name, found in routes.items()
+        )
+        return f"no route has read LPLN_PRECISION ({closed})."
+    if not precision.ever_engages:
+        return f"precision {str(precision)!r} never engages."
+    return _why_stock(request)
+
+
+def _why_stock(request: Request) -> str | None:
+    """By running one LayerNorm on the CPU: what is in force may still be hidden by a patcher."""
+    import torch
+
+    from lpln_autopatch.torch_compat import autocast_dtype
+
+    dtype = request.lowering().dtypes[-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.autocast("cpu", dtype=dtype):
+            if autocast_dtype("cpu") is not dtype:  # until torch 2.4: no float16 there
+                return None
+            try:
+                y = torch.nn.LayerNorm(8)(torch.zeros(1, 8))
+            except Exception as error:
+                return f"a LayerNorm on the CPU fails: {error!r}."
+    if y.dtype is dtype:
+        return None
+    forward = vars(torch.nn.modules.normalization.LayerNorm)["forward"]
+    return f"a LayerNorm under autocast to {dtype} gives {y.dtype}: its forward is {forward!r}."

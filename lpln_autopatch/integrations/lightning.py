@@ -1,0 +1,71 @@
+"""Lightning: a callback that lowers while its Trainer fits."""
+
+from __future__ import annotations
+
+import contextlib
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lpln_autopatch.activation import low_precision_layernorm
+from lpln_autopatch.precision import Precision
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _callback_classes() -> list[type]:
+    """`Callback` of every Lightning that is installed.
+
+    `lightning` and `pytorch_lightning` are two copies, each of which takes its own callbacks only;
+    whoever installs the first has both.
+    """
+    classes, reasons = [], []
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            classes.append(import_module(name).Callback)
+        except ImportError as error:
+            reasons.append(str(error))
+    if not classes:
+        raise ImportError(
+            f"lpln_autopatch.integrations.lightning needs Lightning, and {', '.join(reasons)}. "
+            "Install it: pip install lightning."
+        )
+    return classes
+
+
+class LowPrecisionLayerNorm(*_callback_classes()):  # type: ignore[misc]
+    """Lower LayerNorm while the Trainer fits, validation inside it included.
+
+    `Trainer(precision="bf16-mixed", callbacks=[LowPrecisionLayerNorm()])`. Autocast is the
+    Trainer's: with a precision that is not mixed nothing is lowered. `validate`, `test` and
+    `predict` run as they would without the callback. It is a `low_precision_layernorm` block, left
+    when `fit` ends or raises; nothing of it is in a checkpoint.
+
+    Args:
+        precision: As for `lpln_autopatch.enable`.
+        backend: As for `lpln_autopatch.enable`.
+
+    Raises:
+        ValueError: precision or backend is not a valid name.
+        ImportError: the backend cannot be used here.
+    """
+
+    def __init__(
+        self, precision: str | Precision | torch.dtype = "amp", backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self._block = low_precision_layernorm(precision, backend)
+        self._entered = contextlib.ExitStack()
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Enter the block where `fit` begins."""
+        if stage == "fit":
+            self._entered.enter_context(self._block)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave it where `fit` ends, and any that another callback's on_exception kept open."""
+        self._entered.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave it where `fit` is interrupted: Lightning does not call teardown then."""
+        self._entered.close()

@@ -1,0 +1,58 @@
+"""Hugging Face transformers: a callback that lowers while its Trainer trains."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import TYPE_CHECKING, Any
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        f"lpln_autopatch.integrations.transformers needs Hugging Face transformers, and {error}. "
+        "Install it: pip install transformers accelerate."
+    ) from error
+
+from lpln_autopatch.activation import low_precision_layernorm
+from lpln_autopatch.precision import Precision
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LowPrecisionLayerNorm(TrainerCallback):  # type: ignore[misc]
+    """Lower LayerNorm while the Trainer trains, evaluation inside it included.
+
+    `Trainer(args=TrainingArguments(bf16=True), callbacks=[LowPrecisionLayerNorm()])`. Autocast is
+    the Trainer's: without `bf16` or `fp16` nothing is lowered. `evaluate` and `predict` run as they
+    would without the callback. It is a `low_precision_layernorm` block, left when `train` ends.
+
+    The Trainer tells callbacks nothing if `train` raises. The block then stays open until the next
+    `train` ends, or the callback is gone: `trainer.remove_callback(LowPrecisionLayerNorm)`. Where a
+    program goes on after that, put `low_precision_layernorm` around `train` instead.
+
+    Args:
+        precision: As for `lpln_autopatch.enable`.
+        backend: As for `lpln_autopatch.enable`.
+
+    Raises:
+        ValueError: precision or backend is not a valid name.
+        ImportError: the backend cannot be used here.
+    """
+
+    def __init__(
+        self, precision: str | Precision | torch.dtype = "amp", backend: str = "auto"
+    ) -> None:
+        self._block = low_precision_layernorm(precision, backend)
+        self._entered = contextlib.ExitStack()
+        # The Trainer tells nobody that `train` raised: the block then goes with the callback.
+        weakref.finalize(self, self._entered.close).atexit = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Enter the block."""
+        self._entered.enter_context(self._block)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave it, and those of trainings that raised: `auto_find_batch_size` tries again."""
+        self._entered.close()

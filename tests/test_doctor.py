@@ -1,0 +1,170 @@
+"""`python -m lpln_autopatch`: what it finds in processes that are started in different ways."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+from support import A_ROUTE, run_python
+
+from lpln_autopatch.__main__ import main
+from lpln_autopatch.torch_compat import TORCH_VERSION
+
+ROUTES = {
+    "torch.backends": {},
+    "sitecustomize": A_ROUTE,
+    "autowrapt": {"AUTOWRAPT_BOOTSTRAP": "lpln_autopatch", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+}
+if TORCH_VERSION < (2, 5):
+    del ROUTES["torch.backends"]
+
+
+def doctor(**environment):
+    """Run it, and give its exit status and what it found."""
+    result = run_python("-m", "lpln_autopatch", "--json", check=False, **environment)
+    return result.returncode, json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_route_that_acted_is_named(route):
+    """Each route is told from the others, and what it turned on is there."""
+    status, found = doctor(LPLN_PRECISION="bf16", **ROUTES[route])
+    assert (status, found["problem"], found["acted"]) == (0, None, route)
+    assert found["routes"][route] == {"usable": True, "detail": ""}
+    in_force = [found[key] for key in ("precision", "backend", "source", "installed")]
+    assert in_force == ["amp_bf16", "native", "environment", True]
+
+
+@pytest.mark.parametrize("value", ["", "off"])
+def test_nothing_asked_for_is_no_problem(value):
+    """With the variable unset or off nothing is in force, and the exit status is 0."""
+    status, found = doctor(LPLN_PRECISION=value, **A_ROUTE)
+    assert (status, found["problem"], found["acted"], found["precision"]) == (0, None, None, None)
+    assert not found["installed"]
+    assert found["environment"]["LPLN_PRECISION"] == value
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({"LPLN_PRECISION": "bf61", **A_ROUTE}, "LPLN_PRECISION='bf61' is not a precision"),
+        ({"LPLN_PRECISION": "fp32", **A_ROUTE}, "precision 'fp32' never engages."),
+        ({"LPLN_PRECISION": "amp", "LPLN_BACKEND": "x", **A_ROUTE}, "LPLN_BACKEND='x' is not"),
+        (
+            {"LPLN_PRECISION": "amp", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+            "no route has read LPLN_PRECISION (torch.backends: ",
+        ),
+        # Invalid, and no route to say so.
+        (
+            {"LPLN_PRECISION": "bf61", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+            "LPLN_PRECISION='bf61' is not a precision",
+        ),
+    ],
+)
+def test_problem_is_exit_status_1_with_the_reason(environment, problem):
+    """LPLN_PRECISION is set and nothing is lowered: status 1, in JSON and as the last line."""
+    status, found = doctor(**environment)
+    assert status == 1
+    assert found["problem"].startswith(problem)
+    result = run_python("-m", "lpln_autopatch", check=False, **environment)
+    assert result.returncode == 1
+    last = result.stdout.splitlines()[-1]
+    assert last == f"LayerNorm is not lowered: {found['problem']}"
+
+
+def test_patcher_that_hides_us_is_a_problem(tmp_path):
+    """The doctor runs a LayerNorm: one that somebody replaced after us is not lowered."""
+    (tmp_path / "sitecustomize.py").write_text(
+        """
+import wrapt
+
+def replace(torch):
+    def theirs(self, x):
+        return torch.nn.functional.layer_norm(x, self.normalized_shape)
+    torch.nn.LayerNorm.forward = theirs
+
+wrapt.register_post_import_hook(replace, "torch")
+"""
+    )
+    path = f"{A_ROUTE['PYTHONPATH']}:{tmp_path}"
+    status, found = doctor(LPLN_PRECISION="amp", **{**A_ROUTE, "PYTHONPATH": path})
+    assert status == 1
+    assert (
+        "gives torch.float32: its forward is <function replace.<locals>.theirs" in found["problem"]
+    )
+
+
+@pytest.mark.parametrize("module", ["torch", "wrapt"])
+def test_broken_import_is_a_problem(tmp_path, module):
+    """Where torch or wrapt does not import the doctor says so, with or without the variable."""
+    (tmp_path / f"{module}.py").write_text("raise ImportError('broken here')")
+    status, found = doctor(PYTHONPATH=str(tmp_path))
+    assert status == 1
+    assert found["problem"] == "an import fails: ImportError('broken here')."
+
+
+def test_backends_are_listed_usable_or_not(tmp_path):
+    """Built in or of another distribution, each backend is listed; why not, if it cannot be."""
+    (tmp_path / "thirdparty.py").write_text("def refuses(*arguments):\n    raise KeyError('no')")
+    info = tmp_path / "thirdparty-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: thirdparty\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[lpln_autopatch.backends]\nrefuses = thirdparty:refuses\nbroken = thirdparty:missing\n"
+    )
+    path = f"{A_ROUTE['PYTHONPATH']}:{tmp_path}"
+    environment = {**A_ROUTE, "PYTHONPATH": path, "LPLN_BACKEND": "refuses"}
+    status, found = doctor(LPLN_PRECISION="amp", **environment)
+    assert status == 1
+    assert found["problem"] == "a LayerNorm on the CPU fails: KeyError('no')."
+    backends = found["backends"]
+    assert backends["native"] == backends["refuses"] == {"usable": True, "detail": ""}
+    assert backends["auto"] == {"usable": True, "detail": "refuses"}
+    assert not backends["broken"]["usable"]
+    assert "thirdparty:missing does not load: AttributeError" in backends["broken"]["detail"]
+    assert not backends["apex"]["usable"]
+    assert "NVIDIA apex is not installed" in backends["apex"]["detail"]
+
+
+def test_doctor_prints_sections_and_a_verdict():
+    """For people: versions, variables, what is in force, routes, backends, devices, outcome."""
+    result = run_python("-m", "lpln_autopatch", LPLN_PRECISION="amp", **A_ROUTE)
+    lines = result.stdout.splitlines()
+    titles = [line for line in lines if line and not line.startswith(" ")]
+    assert titles == [
+        *("versions", "environment", "in force", "routes", "backends", "devices"),
+        "LayerNorm is lowered: precision amp, by the route sitecustomize.",
+    ]
+    rows = [tuple(line.split(maxsplit=1)) for line in lines if line.startswith(" ")]
+    assert ("LPLN_PRECISION", "amp") in rows
+    assert ("sitecustomize", "yes") in rows
+    assert ("native", "yes") in rows
+    assert ("cpu",) in rows
+
+
+@pytest.mark.parametrize("arguments", [("treat",), ("--jsno",), ("--json", "bench"), ("--js",)])
+def test_wrong_argument_is_one_line(arguments):
+    """An unknown command or option: one line that says what there is, and exit status 2."""
+    result = run_python("-m", "lpln_autopatch", *arguments, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"python -m lpln_autopatch: unrecognized arguments: {arguments[-1]}.")
+    assert line.endswith("Valid: --json, bench, --help.")
+
+
+def test_bench_has_the_rest_of_the_line(monkeypatch):
+    """`bench` gets every argument after it, `--json` and `--help` too, and its result is ours."""
+    suites = types.SimpleNamespace(main=lambda arguments: 3 if arguments == ["--json", "-h"] else 0)
+    monkeypatch.setitem(sys.modules, "lpln_autopatch.bench.suites", suites)
+    assert main(["bench", "--json", "-h"]) == 3
+
+
+def test_help_names_both_commands(capsys):
+    """--help shows the doctor's option and the benchmark."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert "python -m lpln_autopatch [--json]" in shown
+    assert "python -m lpln_autopatch bench" in shown

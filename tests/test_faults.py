@@ -1,0 +1,461 @@
+"""Faults: each has a defined outcome, and leaves nothing behind.
+
+Wrong environments are in test_zero_code.py and test_backends.py, one other patcher in
+test_patch.py, exceptions in a recomputation in test_checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import textwrap
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+import wrapt
+from support import A_ROUTE, autocast, needs_dynamo, output_dtype, run_python
+
+import lpln_autopatch as lpln
+from lpln_autopatch import backends, low_precision_layernorm
+from lpln_autopatch.torch_compat import CHECKPOINT_ENTRIES, TORCH_VERSION, autocast_dtype
+
+BF16, FP32 = torch.bfloat16, torch.float32
+LayerNorm = torch.nn.LayerNorm
+
+
+# Other patchers: before, after, between. Each adds one to the output, and keeps what it found.
+
+
+def plain(original):
+    def theirs(self, input):
+        return original(self, input) + 1
+
+    return theirs
+
+
+def with_wraps(original):
+    return functools.wraps(original)(plain(original))
+
+
+def with_wrapt(original):
+    return wrapt.FunctionWrapper(original, lambda f, instance, args, kwargs: f(*args, **kwargs) + 1)
+
+
+PATCHERS = pytest.mark.parametrize("second", [plain, with_wraps, with_wrapt])
+
+
+@pytest.mark.parametrize("first", [plain, with_wraps, with_wrapt])
+@PATCHERS
+def test_between_two_patchers(first, second, layer_norm):
+    """One before us and one after us: both are called, disable() leaves both, in their order.
+
+    When they have left, in the reverse order, LayerNorm.forward is torch's own object again.
+    """
+    original = vars(LayerNorm)["forward"]
+    x = torch.randn(4, 8)
+    stock = layer_norm(x)
+    LayerNorm.forward = beneath = first(original)
+    lpln.enable()
+    ours = vars(LayerNorm)["forward"]
+    LayerNorm.forward = top = second(ours)
+    try:
+        with autocast():
+            lowered = layer_norm(x)
+        assert lowered.dtype is BF16
+        assert torch.equal(lowered, (stock + 1).to(BF16) + 1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            lpln.disable()
+        assert vars(LayerNorm)["forward"] is top
+        assert torch.equal(layer_norm(x), stock + 1 + 1)
+        assert output_dtype(layer_norm) is FP32
+        # Only wrapt's own wrapper lets go of what is beneath it.
+        spliced_out = second is with_wrapt
+        assert [w.category for w in caught] == [RuntimeWarning] * (not spliced_out)
+        LayerNorm.forward = beneath if spliced_out else ours
+        lpln.disable()
+        assert vars(LayerNorm)["forward"] is beneath
+        assert not lpln.status().installed
+    finally:
+        LayerNorm.forward = original
+
+
+@PATCHERS
+def test_patcher_between_two_of_our_activations(second, layer_norm):
+    """enable(), theirs, enable(): lowered once, rounded last, and all of it comes off."""
+    original = vars(LayerNorm)["forward"]
+    x = torch.randn(4, 8)
+    stock = layer_norm(x)
+    lpln.enable()
+    ours = vars(LayerNorm)["forward"]
+    LayerNorm.forward = second(ours)
+    try:
+        lpln.enable("bf16")
+        with autocast():
+            assert torch.equal(layer_norm(x), stock.to(BF16) + 1)
+        assert torch.equal(layer_norm(x), stock + 1)
+    finally:
+        LayerNorm.forward = ours
+        lpln.disable()
+    assert vars(LayerNorm)["forward"] is original
+
+
+def test_patcher_of_checkpoint_is_left_in_place():
+    """Somebody's wrapper on what checkpoint calls stays above ours, and disable() warns of it.
+
+    A backward after that recomputes, and warns of nothing.
+    """
+    checkpoint = torch.utils.checkpoint
+    path = list(CHECKPOINT_ENTRIES)[1]
+    *owner, name = path.split(".")
+    holder = functools.reduce(getattr, owner, checkpoint)
+    original = vars(holder)[name]
+    lpln.enable()
+    ours = vars(holder)[name]
+    calls = []
+
+    def theirs(*args, **kwargs):
+        calls.append(name)
+        return ours(*args, **kwargs) if not owner else ours.__get__(args[0])(*args[1:], **kwargs)
+
+    setattr(holder, name, theirs)
+    try:
+        with pytest.warns(RuntimeWarning, match=rf"checkpoint\.{path} was wrapped by"):
+            lpln.disable()
+        assert vars(holder)[name] is theirs
+        x = torch.randn(4, 8, requires_grad=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            y = checkpoint.checkpoint(torch.nn.LayerNorm(8), x, use_reentrant=False)
+            y.sum().backward()
+        assert x.grad is not None
+        assert calls == [name]
+    finally:
+        setattr(holder, name, ours)
+        lpln.disable()
+    assert vars(holder)[name] is original
+
+
+# Threads.
+
+
+@pytest.mark.parametrize("how", ["enable and disable", "blocks"])
+def test_activation_while_threads_run_forward(layer_norm, how):
+    """Every call of every thread is either stock or lowered, whole, with its gradient."""
+    original = vars(LayerNorm)["forward"]
+    x = torch.randn(4, 8)
+    stock = layer_norm(x).detach()
+    expected = {FP32: stock, BF16: stock.to(BF16)}
+    stop, errors, seen = threading.Event(), [], set()
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                leaf = x.clone().requires_grad_()
+                with autocast():
+                    y = torch.utils.checkpoint.checkpoint(layer_norm, leaf, use_reentrant=False)
+                assert torch.equal(y, expected[y.dtype])
+                seen.add(y.dtype)
+                (gradient,) = torch.autograd.grad(y.float().square().sum(), leaf)
+                assert gradient.dtype is FP32
+                assert gradient.isfinite().all()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    turns = 0
+    while (turns < 50 or seen != {FP32, BF16}) and not errors and time.monotonic() < deadline:
+        if how == "blocks":
+            with low_precision_layernorm("bf16"):
+                time.sleep(0.002)
+        else:
+            lpln.enable("bf16")
+            time.sleep(0.002)
+            lpln.disable()
+        time.sleep(0.002)
+        turns += 1
+    stop.set()
+    for thread in threads:
+        thread.join()
+    lpln.disable()
+    assert errors == []
+    assert seen == {FP32, BF16}
+    assert vars(LayerNorm)["forward"] is original
+    assert not lpln.status().installed
+
+
+@needs_dynamo
+def test_blocks_while_a_thread_runs_compiled_code(layer_norm):
+    """Once both variants are compiled, blocks that open and close reach another thread's calls."""
+    compiled = torch.compile(layer_norm, backend="eager")
+    x = torch.randn(4, 8)
+    for _ in range(2):
+        with low_precision_layernorm("bf16"):
+            assert output_dtype(compiled, x) is BF16
+        assert output_dtype(compiled, x) is FP32
+    stop, errors, seen = threading.Event(), [], set()
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                seen.add(output_dtype(compiled, x))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    deadline = time.monotonic() + 60
+    while seen != {FP32, BF16} and not errors and time.monotonic() < deadline:
+        with low_precision_layernorm("bf16"):
+            time.sleep(0.01)
+        time.sleep(0.01)
+    stop.set()
+    thread.join()
+    assert errors == []
+    assert seen == {FP32, BF16}
+
+
+# Forks.
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork; Linux CI has it")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("how", ["enable", "block"])
+def test_child_forked_after_activation(layer_norm, how):
+    """The child is lowered; what it undoes, it undoes for itself, and completely."""
+    original = vars(LayerNorm)["forward"]
+
+    def child() -> bool:
+        lowered = output_dtype(layer_norm) is BF16
+        if how == "block":
+            block.__exit__(None, None, None)
+        lpln.disable()
+        restored = vars(LayerNorm)["forward"] is original
+        return lowered and restored and output_dtype(layer_norm) is FP32
+
+    block = low_precision_layernorm("bf16")
+    lpln.enable("bf16") if how == "enable" else block.__enter__()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = 0 if child() else 2
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert output_dtype(layer_norm) is BF16
+    if how == "block":
+        block.__exit__(None, None, None)
+
+
+# Exceptions inside a lowered forward.
+
+
+def failing(*arguments: object) -> torch.Tensor:
+    raise KeyError("from the backend")
+
+
+@pytest.fixture
+def failing_backend(monkeypatch):
+    """A backend that raises when it is called."""
+    monkeypatch.setitem(backends._BUILT_IN, "failing", lambda: failing)
+
+
+def test_exception_in_a_backend_passes_unchanged(layer_norm, failing_backend):
+    """It reaches the caller as it is; autocast and what is in force are as before the call."""
+    lpln.enable("bf16", backend="failing")
+    in_force = lpln.status()
+    with autocast():
+        with pytest.raises(KeyError, match="from the backend"):
+            layer_norm(torch.randn(4, 8))
+        assert autocast_dtype("cpu") is BF16
+        assert lpln.status() == in_force
+        with low_precision_layernorm("bf16", backend="native"):
+            assert layer_norm(torch.randn(4, 8)).dtype is BF16
+    assert output_dtype(lpln.exempt(torch.nn.LayerNorm(8))) is FP32
+
+
+def test_exception_where_autocast_is_switched_off_switches_it_on_again(layer_norm):
+    """The accelerators' path switches autocast off around the kernel: also if that raises."""
+    from lpln_autopatch.backends import native
+
+    x = torch.randn(4, 7, device="meta")
+    with autocast():
+        with pytest.raises(RuntimeError):
+            native.normalise(x, (8,), layer_norm.weight, layer_norm.bias, 1e-5, BF16)
+        assert autocast_dtype("cpu") is BF16
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_exception_behind_a_lowered_call_leaves_nothing_on(layer_norm, error):
+    """An error between forward and the end of a block, Ctrl-C included, closes the block."""
+
+    def interrupt(*arguments: object) -> None:
+        raise error
+
+    handle = layer_norm.register_forward_hook(interrupt)
+    with pytest.raises(error), low_precision_layernorm("bf16"), autocast():
+        layer_norm(torch.randn(4, 8))
+    handle.remove()
+    assert lpln.status().precision is None
+    assert output_dtype(layer_norm) is FP32
+
+
+@needs_dynamo
+def test_exception_in_a_compiled_lowered_forward(layer_norm):
+    """A wrong shape fails in compiled code too, and the next call is lowered."""
+    compiled = torch.compile(layer_norm, backend="eager")
+    with low_precision_layernorm("bf16"), autocast():
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            compiled(torch.randn(4, 7))
+        assert compiled(torch.randn(4, 8)).dtype is BF16
+    assert output_dtype(compiled) is FP32
+
+
+# A half-finished import of torch.
+
+DTYPE = """
+def dtype():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return str(torch.nn.LayerNorm(8)(torch.randn(4, 8)).dtype)
+"""
+
+ENABLED_DURING = """
+import sys
+import lpln_autopatch
+
+class During:
+    done = False
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1] and not During.done:
+            During.done = True
+            try:
+                lpln_autopatch.enable("bf16")
+            except (AttributeError, ImportError) as error:
+                print("partially initialized module 'torch" in str(error))
+
+sys.meta_path.insert(0, During())
+import torch
+from inspect import unwrap
+print(lpln_autopatch.status().source, dtype())
+lpln_autopatch.enable()
+print(dtype())
+lpln_autopatch.disable()
+print(dtype(), vars(torch.nn.LayerNorm)["forward"] is unwrap(torch.nn.LayerNorm.forward))
+"""
+
+
+@pytest.mark.parametrize("precision", ["", "amp"])
+@pytest.mark.parametrize("module", ["torch.version", "torch.nn.functional", "torch.optim"])
+def test_enable_in_the_middle_of_torchs_import(module, precision):
+    """It is refused, as Python refuses it, and once torch is there everything works."""
+    code = DTYPE + ENABLED_DURING
+    result = run_python("-c", code, module, LPLN_PRECISION=precision, **A_ROUTE)
+    source = "environment torch.bfloat16" if precision else "None torch.float32"
+    assert result.stdout.splitlines() == ["True", source, "torch.bfloat16", "torch.float32 True"]
+
+
+FAILS_ONCE = """
+import sys
+
+class FailsOnce:
+    done = False
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.version" and not FailsOnce.done:
+            FailsOnce.done = True
+            raise ImportError("not yet")
+
+sys.meta_path.insert(0, FailsOnce())
+try:
+    import torch
+except ImportError as error:
+    print(error, "lpln_autopatch.activation" in sys.modules)
+try:
+    import torch
+except ImportError as error:
+    sys.exit("torch refuses" if "once per process" in str(error) else repr(error))
+import lpln_autopatch
+print(dtype(), lpln_autopatch.status().source)
+"""
+
+
+def test_import_of_torch_that_fails_and_is_repeated():
+    """Nothing happens at the failure, whose error passes; an import that succeeds activates.
+
+    torch 2.15 refuses the second by itself; 2.13 and 1.13 do not.
+    """
+    result = run_python("-c", DTYPE + FAILS_ONCE, check=False, LPLN_PRECISION="amp", **A_ROUTE)
+    first, *second = result.stdout.splitlines()
+    assert first == "not yet False"
+    if TORCH_VERSION < (2, 14):
+        assert second == ["torch.bfloat16 environment"]
+    else:
+        assert second == ["torch.bfloat16 environment"] or "torch refuses" in result.stderr
+
+
+# A backend that fails to load.
+
+
+@pytest.fixture
+def third_party(tmp_path):
+    """A folder with a distribution whose backends fail in different ways."""
+    (tmp_path / "raises_at_import.py").write_text("raise RuntimeError('no driver')")
+    (tmp_path / "not_a_function.py").write_text("normalise = 'a name'")
+    info = tmp_path / "faulty-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[lpln_autopatch.backends]\nraises = raises_at_import:normalise\n"
+        "constant = not_a_function:normalise\nmissing = no_such_module:normalise\n"
+    )
+    return str(tmp_path)
+
+
+FAULTS = {
+    "raises": "raises_at_import:normalise does not load: RuntimeError('no driver')",
+    "constant": "not_a_function:normalise is 'a name', not a function",
+    "missing": "no_such_module:normalise does not load: ModuleNotFoundError",
+}
+
+
+def test_backend_that_does_not_load_is_refused(third_party):
+    """enable() and a block say which and why, and what was in force before still is."""
+    code = """
+        import torch, lpln_autopatch
+        print(lpln_autopatch.status().precision)
+        lpln_autopatch.enable("bf16")
+        for name in ("raises", "constant", "missing"):
+            for ask in (lpln_autopatch.enable, lpln_autopatch.low_precision_layernorm):
+                try:
+                    ask("amp", backend=name)
+                except ImportError as error:
+                    print(error)
+        print(lpln_autopatch.status().precision, lpln_autopatch.status().backend)
+    """
+    result = run_python("-c", textwrap.dedent(code), PYTHONPATH=third_party)
+    first, *errors, last = result.stdout.splitlines()
+    assert (first, last) == ("None", "amp_bf16 native")
+    assert len(errors) == 6
+    for name, error in zip([n for n in FAULTS for _ in range(2)], errors, strict=True):
+        assert FAULTS[name] in error
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_variable_with_a_backend_that_does_not_load_stops_the_process(third_party, name):
+    """LPLN_BACKEND names it: no stock run, one message with the reason."""
+    environment = {**A_ROUTE, "PYTHONPATH": f"{A_ROUTE['PYTHONPATH']}:{third_party}"}
+    code = "import torch; print('ran')"
+    result = run_python(
+        "-c", code, check=False, LPLN_PRECISION="amp", LPLN_BACKEND=name, **environment
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert FAULTS[name] in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("lpln_autopatch: ")
