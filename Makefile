@@ -4,6 +4,8 @@
 PYTHON ?= python3
 TORCH ?= torch
 VENV := .venv-$(subst =,,$(firstword $(TORCH)))
+# What the extra `bench` brings, numpy and transformers, does not run beside torch 1.
+EXTRAS := $(if $(findstring ==1.,$(TORCH)),dev,dev,bench)
 INSTALLED := $(VENV)/installed
 EXAMPLE := docs/examples/train.py
 
@@ -71,6 +73,6 @@ $(INSTALLED): pyproject.toml $(shell find lpln_autopatch -name '*.py')
 	rm -rf $(VENV)/wheel
 	$(VENV)/bin/pip install --quiet $(TORCH)
 	$(VENV)/bin/pip wheel --quiet --no-deps --wheel-dir $(VENV)/wheel .
-	$(VENV)/bin/pip install --quiet "$$(echo $(VENV)/wheel/*.whl)[dev]" $(TORCH)
+	$(VENV)/bin/pip install --quiet "$$(echo $(VENV)/wheel/*.whl)[$(EXTRAS)]" $(TORCH)
 	$(VENV)/bin/pip install --quiet --force-reinstall --no-deps $(VENV)/wheel/*.whl
 	touch $@

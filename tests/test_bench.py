@@ -1,37 +1,410 @@
+"""`python -m lpln_autopatch bench`: what it prints, writes and refuses; no time is tested."""
+
 from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 from support import autocast, output_dtype, run_python
 
-from lpln_autopatch.bench import call
-from lpln_autopatch.bench.rivals import ComposerRecipe
+from lpln_autopatch.bench import kernel, rivals, suites, timing
+from lpln_autopatch.bench.layer import Case, Layer
+from lpln_autopatch.bench.options import Options
+from lpln_autopatch.bench.results import Row, table
+from lpln_autopatch.bench.rivals import ComposerRecipe, Contender
+from lpln_autopatch.bench.timing import Entry, Quartiles
 from lpln_autopatch.torch_compat import CPU_TAKES_MIXED_DTYPES, TORCH_VERSION
 
+CPU = torch.device("cpu")
+BF16, FP32 = torch.bfloat16, torch.float32
+OURS = ["lowered (native)", "lowered (fused)", "lowered (apex)"]
+recipe_runs = pytest.mark.skipif(
+    TORCH_VERSION < (2, 2), reason="the recipe's CPU kernels are in torch >= 2.2; CI runs it there"
+)
+needs_extra = pytest.mark.skipif(
+    TORCH_VERSION < (2, 5), reason="transformers wants a newer torch; CI runs this there"
+)
 
-@pytest.mark.skipif(TORCH_VERSION < (2, 2), reason="the recipe's CPU kernels are in torch >= 2.2")
+
+def bench(folder: Path, *arguments: str) -> tuple[str, dict[str, list[dict]]]:
+    """What a quick run prints, and the suites of the JSON that it writes."""
+    file = folder / "figures.json"
+    command = ["-m", "lpln_autopatch", "bench", *arguments, "--device", "cpu", "--quick"]
+    printed = run_python(*command, "--json", str(file), timeout=600).stdout
+    content = json.loads(file.read_text())
+    assert content["command"].startswith("python -m lpln_autopatch bench ")
+    assert torch.__version__ in content["versions"]
+    assert content["device"].startswith("cpu")
+    for rows in content["suites"].values():
+        check_rows(rows, printed)
+    return printed, content["suites"]
+
+
+def check_rows(rows: list[dict], printed: str) -> None:
+    """Every row has figures that are numbers in order, or a reason, and is in what was printed."""
+    for row in rows:
+        assert row.keys() == {"case", "contender", "figures", "reason", "curves"}
+        assert (row["reason"] is None) or not row["figures"]
+        assert row["contender"] in printed
+        assert (row["reason"] or "") in printed
+        for name, figure in row["figures"].items():
+            if isinstance(figure, dict):
+                assert 0 < figure["low"] <= figure["median"] <= figure["high"], name
+            elif not isinstance(figure, str):
+                assert math.isfinite(figure), name
+
+
+def contenders(rows: list[dict], measured: bool | None = None) -> list[list[str]]:
+    """The contenders of each case; all of them, or those with or without figures."""
+    cases: dict[str, list[str]] = {}
+    for row in rows:
+        names = cases.setdefault(str(row["case"]), [])
+        if measured is None or measured == (row["reason"] is None):
+            names.append(row["contender"])
+    return list(cases.values())
+
+
+def png(file: Path) -> bool:
+    """Whether a file is a PNG."""
+    return file.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+@recipe_runs
 def test_recipe_is_composers(layer_norm):
     """The rival casts x, weight and bias, and gives the autocast dtype; stock outside it."""
     recipe = ComposerRecipe(8)
     recipe.load_state_dict(layer_norm.state_dict())
     x = torch.randn(4, 8)
     assert torch.equal(recipe(x), layer_norm(x))
-    assert output_dtype(recipe) is torch.bfloat16
+    assert output_dtype(recipe) is BF16
     with autocast():
         y = recipe(x)
-    cast = [t.to(torch.bfloat16) for t in (x, recipe.weight, recipe.bias)]
+    cast = [t.to(BF16) for t in (x, recipe.weight, recipe.bias)]
     assert torch.equal(y, torch.nn.functional.layer_norm(cast[0], (8,), *cast[1:]))
 
 
-def test_call_prints_every_ratio():
-    """The benchmark runs as documented, and prints each pair for each input."""
-    printed = run_python("-m", "lpln_autopatch.bench.call", "--rounds", "2").stdout
-    for ours, rival in call.PAIRS:
-        assert printed.count(f"{ours} / {rival}") == (8 if CPU_TAKES_MIXED_DTYPES else 4)
-    assert "forward and backward, (4096, 1024), torch.float32 input" in printed
+def test_call_gives_every_ratio(tmp_path):
+    """Stock, inert, lowered and the recipe, in every case, each with its ratio to stock."""
+    printed, written = bench(tmp_path, "call")
+    assert list(written) == ["call"]
+    assert "pass forward and backward, M 4096, N 1024, input float32" in printed
+    assert len(contenders(written["call"])) == (8 if CPU_TAKES_MIXED_DTYPES else 4)
+    for names in contenders(written["call"]):
+        assert sorted(names) == sorted(["stock", "inert", *OURS, "Composer's recipe"])
+    for row in written["call"]:
+        if row["contender"] in ("inert", "lowered (native)"):
+            assert row["figures"]["/ stock"]["median"] < 100
+    native = [row["figures"] for row in written["call"] if row["contender"] == OURS[0]]
+    assert {figures["gives"] for figures in native} == {"bfloat16"}
 
 
-@pytest.mark.skipif(TORCH_VERSION < (2, 2), reason="the recipe's CPU kernels are in torch >= 2.2")
+def test_kernel_measures_what_is_here(tmp_path):
+    """Every contender is a row in both passes; a rival that is not here says why, and has none."""
+    printed, written = bench(tmp_path, "kernel")
+    everybody = ["stock", *OURS, "Composer's recipe", "stock, compiled", "lowered, compiled"]
+    everybody += ["apex", "Liger", "timm fast_layer_norm", "QuACK", "copy"]
+    for names in contenders(written["kernel"]):
+        assert sorted(names) == sorted(everybody)
+    for names in contenders(written["kernel"], measured=True):
+        assert {"stock", OURS[0], "copy"} <= {*names}
+        if TORCH_VERSION >= (2, 5):
+            assert {"stock, compiled", "lowered, compiled"} <= {*names}
+        assert not {"Liger", "QuACK", "lowered (fused)"} & {*names}
+    assert "Liger                 runs on cuda, not on cpu" in printed
+    rows = {
+        row["contender"]: row["figures"]
+        for row in written["kernel"]
+        if row["case"]["pass"] == "forward and backward"
+    }
+    assert rows["stock"]["gives"] == "float32"
+    assert rows[OURS[0]]["gives"] == "bfloat16"
+    assert rows[OURS[0]]["error y"] <= 1.001 * rows["stock"]["error y"]
+    # On CPU ratios alone: no time that another machine could be compared with.
+    assert {"us", "GB/s"}.isdisjoint(rows["stock"])
+
+
+def test_uncapturable_contender_has_a_reason(monkeypatch):
+    """A contender that passes its check and fails while it is prepared does not end the run."""
+    monkeypatch.setattr(timing, "graphed", lambda call: call)
+    options = Options(CPU, quick=True, graph=True, rounds=2)
+    entry = Layer.entry
+
+    def entry_or_error(self, contender, backward, graph=False):
+        if contender is rivals.LOWERED[0]:
+            raise RuntimeError("cannot be captured")
+        return entry(self, contender, backward, graph)
+
+    monkeypatch.setattr(Layer, "entry", entry_or_error)
+    progress = Counter()
+    rows = kernel.run(options, progress)
+    assert progress.count == progress.total == 4
+    reasons = {row.contender: row.reason for row in rows}
+    assert reasons[OURS[0]] == "RuntimeError: cannot be captured"
+    assert reasons["stock"] is None
+
+
+@needs_extra
+def test_model_trains_each_of_the_three(tmp_path):
+    """BERT, GPT-2 and ViT, stock, by Composer's surgery and lowered, checked and with a plot."""
+    plot = tmp_path / "figures.png"
+    _, written = bench(tmp_path, "model", "--modes", "eager", "--plot", str(plot))
+    assert [row["case"]["model"] for row in written["model"][::5]] == ["bert", "gpt2", "vit"]
+    for names in contenders(written["model"], measured=True):
+        assert names == ["stock", OURS[0], "Composer's recipe"]
+    gives = [row["figures"]["gives"] for row in written["model"] if row["reason"] is None]
+    # On CPU autocast leaves a low-precision input alone, as in the head of BERT.
+    assert gives[::3] == ["bfloat16, float32", "float32", "float32"]
+    assert gives[1::3] == gives[2::3] == ["bfloat16"] * 3
+    assert all(row["figures"]["saved MiB"] > 0 for row in written["model"] if not row["reason"])
+    assert png(plot)
+
+
+@needs_extra
+def test_model_compiles(tmp_path):
+    """Under torch.compile the three contenders are one model in three variants."""
+    _, written = bench(tmp_path, "model", "--modes", "compiled", "--models", "vit")
+    assert contenders(written["model"]) == [["stock", OURS[0], "Composer's recipe"]]
+    assert not [row["reason"] for row in written["model"] if row["reason"]]
+
+
+@needs_extra
+def test_loss_is_compared_over_seeds(tmp_path):
+    """Both learn, from each seed; the curves are written and drawn."""
+    plot = tmp_path / "figures.png"
+    arguments = ["--dtype", "bfloat16", "float16", "--steps", "30", "--seeds", "3"]
+    _, written = bench(tmp_path, "loss", *arguments, "--plot", str(plot))
+    assert contenders(written["loss"], measured=True) == [["stock", "lowered"]] * 2
+    dtypes = [row["figures"]["gives"] for row in written["loss"]]
+    assert dtypes == ["float32", "bfloat16", "float32", "float16"]
+    for row in written["loss"]:
+        assert [len(curve) for curve in row["curves"]] == [30] * 3
+        last = [sum(curve[-3:]) / 3 for curve in row["curves"]]
+        assert row["figures"]["final loss"] == pytest.approx(sum(last) / 3)
+        assert row["figures"]["final loss"] < 5.0  # 5.55 = ln 256 untrained
+        assert row["figures"]["spread of seeds"] > 0
+    assert png(plot)
+
+
+def run_contender(contender: Contender) -> tuple[dict, dict]:
+    """What one contender gives on a small case: checked figures, and reasons."""
+    passed, reasons = Layer(Case(8, 64, FP32, BF16), CPU).check([contender])
+    return {c.name: figures for c, figures in passed.items()}, list(reasons.values())
+
+
+@pytest.mark.parametrize("factor", [1.1, math.nan])
+def test_wrong_contender_is_not_timed(factor):
+    """A contender whose values are wrong has a reason in place of figures."""
+
+    class Wrong(torch.nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x) * factor
+
+    passed, (reason,) = run_contender(Contender("wrong", lambda: Wrong))
+    assert not passed
+    assert reason.startswith("WrongResult: error of y ")
+
+
+def test_wrong_gradient_is_not_timed():
+    """Nor is one whose output is right and whose gradient is not."""
+
+    class Wrong(torch.nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.detach() + (x - x.detach()) * 1.1)
+
+    passed, (reason,) = run_contender(Contender("wrong", lambda: Wrong))
+    assert not passed
+    assert reason.startswith("WrongResult: error of dx 0.1")
+
+
+def test_lowered_that_runs_stock_is_not_timed():
+    """One of ours that gives float32 is no figure of ours."""
+    passed, (reason,) = run_contender(Contender("x", lambda: rivals.Stock, backend="native"))
+    assert not passed
+    assert reason == "WrongResult: it should give bfloat16 and gives float32"
+
+
+def test_contender_that_fails_says_how():
+    """Whatever a rival raises is its reason, and the others go on."""
+
+    class Fails(torch.nn.LayerNorm):
+        def forward(self, x):
+            raise OSError("no such kernel\nand more")
+
+    assert run_contender(Contender("fails", lambda: Fails)) == ({}, ["OSError: no such kernel"])
+    assert run_contender(rivals.STOCK)[0].keys() == {"stock"}
+
+
+def test_unknown_backend_is_a_reason():
+    """A backend that this version does not have is a row that says so."""
+    _, (reason,) = run_contender(Contender("x", backend="toaster"))
+    assert "'toaster' is not a backend" in reason
+
+
+def test_contender_leaves_the_module_as_it_was():
+    """Inside, the LayerNorms have the contender's class; afterwards their own, errors or not."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
+    contender = Contender("recipe", lambda: ComposerRecipe)
+    with contextlib.suppress(KeyError), contender.applied(model):
+        assert type(model[1]) is ComposerRecipe
+        raise KeyError
+    assert type(model[1]) is torch.nn.LayerNorm
+
+
+def test_quack_is_differentiated_by_its_own_kernels(monkeypatch):
+    """Its forward and its backward kernel become one function; here torch stands in for both."""
+
+    def forward(x, weight, bias, eps, return_rstd, return_mean):
+        y, mean, rstd = torch.native_layer_norm(x, (x.shape[-1],), weight, bias, eps)
+        return y, rstd.flatten(), mean.flatten()
+
+    def backward(x, weight, upstream, rstd, mean, has_bias):
+        assert has_bias
+        row = (x.shape[0], 1)
+        return torch.ops.aten.native_layer_norm_backward(
+            upstream, x, (x.shape[-1],), mean.view(row), rstd.view(row), weight, weight, [True] * 3
+        )
+
+    module = types.SimpleNamespace(layernorm_fwd=forward, layernorm_bwd=backward)
+    monkeypatch.setitem(sys.modules, "quack", types.ModuleType("quack"))
+    monkeypatch.setitem(sys.modules, "quack.rmsnorm", module)
+    passed, reasons = run_contender(Contender("QuACK", rivals._quack.__wrapped__))
+    assert not reasons
+    assert passed["QuACK"]["error dx"] < 1e-6
+    assert passed["QuACK"]["error dweight"] < 1e-6
+
+
+class Counter:
+    """A progress bar that counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def reset(self, total: float) -> None:
+        self.total = total
+
+    def set_description_str(self, desc: str) -> None:
+        pass
+
+    def update(self, n: float = 1) -> None:
+        self.count += n
+
+
+def test_contenders_take_turns():
+    """A B C, B C A, ...: in every round each once, after one call that is not timed."""
+    calls: list[str] = []
+    entries = [
+        Entry(name, contextlib.nullcontext, lambda name=name: calls.append(name)) for name in "abc"
+    ]
+
+    def clock(run, device) -> float:
+        calls.append("start")
+        run()
+        return 1.0
+
+    progress = Counter()
+    timing.interleave(entries, clock, CPU, 3, progress)
+    assert progress.count == 3
+    assert [entry.seconds for entry in entries] == [[1.0] * 3] * 3
+    turns = "".join(calls[-27:]).replace("start", ">")
+    assert turns == "a>ab>bc>cb>bc>ca>ac>ca>ab>b"
+
+
+def test_ratio_is_of_the_same_round():
+    """A round that was slow for all does not show in a ratio."""
+    ours, stock = (Entry(name, contextlib.nullcontext, int) for name in ("ours", "stock"))
+    ours.seconds.extend([1.0, 10.0, 2.0])
+    stock.seconds.extend([2.0, 20.0, 4.0])
+    assert ours.over(stock) == Quartiles(0.5, 0.5, 0.5)
+
+
+def test_grid_is_that_of_memory_bound_sizes():
+    """On an accelerator the full grid has 128 MiB of output at every point, and no less."""
+    cases = list(kernel.grid(Options(torch.device("cuda"))))
+    assert len({*cases}) == len(cases) == 8 * 2 * 2 * 2
+    assert all(case.rows * case.features * 2 >= 128 << 20 for case in cases)
+
+
+def test_inputs_are_larger_than_the_cache():
+    """The inputs of a case together are twice the cache, and differ."""
+    layer = Layer(Case(64, 64, FP32, BF16), CPU, cache=64 << 10)
+    assert sum(x.numel() * x.element_size() for x in layer.xs) > 128 << 10
+    assert not torch.equal(layer.xs[0], layer.xs[1])
+
+
+def test_table_lists_the_absent_once():
+    """Who is in no case is listed below with the reason; who is in one says it in the others."""
+    first, second = {"N": 1}, {"N": 2}
+    rows = [
+        *(Row(case, "absent", reason="not installed") for case in (first, second)),
+        Row(first, "half", {"/ stock": Quartiles(0.5, 1.0, 2.0)}),
+        Row(second, "half", reason="N is too large"),
+        Row(second, "stock", {"GB/s": 1234.5}),
+    ]
+    printed = table(rows).splitlines()
+    cells = [line.split(maxsplit=1) for line in printed]
+    assert ["half", "1.00 (0.50 to 2.00)"] in cells
+    assert ["half", "not measured: N is too large"] in cells
+    assert ["stock", "1,234"] in cells
+    assert cells[-2:] == [["not", "measured"], ["absent", "not installed"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["toast"], "'toast' is not a suite; valid: kernel, call, model, loss"),
+        (["--quik"], "unrecognized arguments: --quik"),
+        (["call", "--rounds", "1"], "--rounds: 1 is not a number from 2 on"),
+        (["kernel", "--features", "none"], "--features: none is not a number from 1 on"),
+        (["call", "--dtype", "float64"], "invalid choice: 'float64'"),
+        (["call", "--json", "no/such/folder/x.json"], "there is no such folder"),
+    ],
+)
+def test_wrong_argument_is_one_line(arguments, message, capsys):
+    """A wrong suite, option or value: one line that says what is valid, status 2."""
+    with pytest.raises(SystemExit) as exited:
+        suites.main(arguments)
+    assert exited.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:99", "meta"])
+def test_unusable_device_is_one_line(device):
+    """A device that this torch does not know, or have, or cannot compute on: one line, status 1."""
+    with pytest.raises(SystemExit, match=f"--device {device} cannot be used here: ") as exited:
+        suites.main(["call", "--device", device])
+    assert "\n" not in exited.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package"), [(["--plot", "x.png"], "matplotlib"), ([], "tqdm")]
+)
+def test_missing_extra_is_one_line(arguments, package, monkeypatch):
+    """A package of the extra that the run needs and that is not here: the command to install it."""
+    monkeypatch.setitem(sys.modules, package, None)
+    message = rf"{package} is missing: pip install 'lpln_autopatch\[bench\]'"
+    with pytest.raises(SystemExit, match=message):
+        suites.main(["call", "--device", "cpu", *arguments])
+
+
+@pytest.mark.skipif(TORCH_VERSION < (2, 5), reason="torch >= 2.5 loads entry points; CI runs it")
+@pytest.mark.parametrize("module", [["lpln_autopatch", "bench"], ["lpln_autopatch.bench.error"]])
+def test_patched_process_is_refused(module):
+    """With LPLN_PRECISION set there is no stock to compare with: one line, status 1."""
+    arguments = ["-m", *module, "--device", "cpu"]
+    result = run_python(*arguments, check=False, LPLN_PRECISION="amp")
+    assert result.returncode == 1
+    assert "unset it" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@recipe_runs
 def test_error_prints_every_contender():
     """The error table runs as documented, and lowered is not above Composer's recipe in it."""
     printed = run_python("-m", "lpln_autopatch.bench.error", "--rows", "64").stdout
@@ -41,36 +414,3 @@ def test_error_prints_every_contender():
     assert len(lowered) == len(composer) == 8
     for ours, theirs in zip(lowered, composer, strict=True):
         assert all(o <= t for o, t in zip(ours, theirs, strict=True))
-
-
-@pytest.mark.skipif(TORCH_VERSION < (2, 5), reason="torch >= 2.5 loads entry points; CI runs it")
-@pytest.mark.parametrize("name", ["call", "error"])
-def test_patched_process_is_refused(name):
-    """With LPLN_PRECISION set there is no stock to compare with: one line, exit 1."""
-    result = run_python("-m", f"lpln_autopatch.bench.{name}", check=False, LPLN_PRECISION="amp")
-    assert result.returncode == 1
-    assert "unset it" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-@pytest.mark.parametrize("name", ["call", "error"])
-def test_unusable_device_is_refused(name):
-    """A device that this torch does not know, or have: one line, exit 1."""
-    module = f"lpln_autopatch.bench.{name}"
-    result = run_python("-m", module, "--device", "toaster", check=False)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("--device toaster cannot be used here: ")
-    assert "Traceback" not in result.stderr
-
-
-def test_wrong_contender_is_not_timed(monkeypatch):
-    """A contender whose values are wrong raises before it is timed."""
-
-    class Wrong(torch.nn.LayerNorm):
-        def forward(self, x):
-            return super().forward(x) * 1.1
-
-    monkeypatch.setitem(call.MODULES, "Composer's recipe", Wrong)
-    contender = call.Contender("Composer's recipe", torch.randn(8, 64), torch.bfloat16, False)
-    with pytest.raises(RuntimeError, match="wrong"):
-        contender.check()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from support import run_python
 from torch.utils.checkpoint import checkpoint
 
 import lpln_autopatch as lpln
 from lpln_autopatch import low_precision_layernorm
-from lpln_autopatch.bench.call import Contender
+from lpln_autopatch.bench import rivals, timing
+from lpln_autopatch.bench.layer import Case, Layer
 from lpln_autopatch.bench.rivals import ComposerRecipe
 
 pytestmark = pytest.mark.skipif(
@@ -67,13 +71,16 @@ def test_error_is_not_above_composers(dtype, input_dtype, compiled):
 @each_dtype
 def test_kernels_of_a_call(dtype):
     """With x in the autocast dtype: never more kernels than Composer's recipe launches."""
-    x = torch.randn(4096, 1024, device="cuda", dtype=dtype)
-    with low_precision_layernorm():
-        pass
-    lowered, composer = (
-        Contender(name, x, dtype, backward=False).kernels()
-        for name in ("lowered", "Composer's recipe")
-    )
+    device = torch.device("cuda")
+    layer = Layer(Case(4096, 1024, dtype, dtype), device)
+    contenders = (rivals.LOWERED[0], rivals.Contender("recipe", lambda: ComposerRecipe))
+    assert not layer.check(contenders)[1]
+    entries = [layer.entry(contender, backward=False) for contender in contenders]
+    counts = []
+    for entry in entries:
+        with entry.context():
+            counts.append(timing.kernels(entry.call, device))
+    lowered, composer = counts
     assert 1 <= lowered <= composer
 
 
@@ -123,3 +130,34 @@ def test_memory_is_not_above_composers(dtype):
         return torch.cuda.max_memory_allocated() - before
 
     assert peak(torch.nn.LayerNorm, True) <= peak(ComposerRecipe, False)
+
+
+@pytest.mark.parametrize("graph", [[], ["--graph"]], ids=["events", "graphs"])
+def test_kernel_suite_gives_rates(graph, tmp_path):
+    """The benchmark of the kernels: times, rates and the share of a copy that is not above one."""
+    file = tmp_path / "figures.json"
+    command = ["-m", "lpln_autopatch", "bench", "kernel", "--device", "cuda", "--features", "1024"]
+    arguments = ["--dtype", "bfloat16", "--rounds", "5", *graph, "--json", str(file)]
+    run_python(*command, *arguments, timeout=600)
+    rows = json.loads(file.read_text())["suites"]["kernel"]
+    for name in ("stock", "lowered (native)", "stock, compiled", "lowered, compiled"):
+        measured = [row["figures"] for row in rows if row["contender"] == name]
+        assert len(measured) == 8  # two inputs, with bias and without, two passes
+        for figures in measured:
+            assert figures["us"]["median"] > 10  # 256 MiB at 26 TB/s
+            assert 0 < figures["share of copy"]["median"] < 1.2
+
+
+@pytest.mark.parametrize("suite", ["call", "model", "loss"])
+def test_suite_measures_on_cuda(suite, tmp_path):
+    """The other suites: native and stock have figures, those of a GPU among them."""
+    file = tmp_path / "figures.json"
+    command = ["-m", "lpln_autopatch", "bench", suite, "--device", "cuda", "--quick"]
+    run_python(*command, "--json", str(file), timeout=600)
+    rows = json.loads(file.read_text())["suites"][suite]
+    lowered = [row for row in rows if row["contender"] in ("lowered (native)", "lowered")]
+    assert lowered
+    for row in lowered:
+        assert row["reason"] is None
+        figure = {"call": "kernels", "model": "peak MiB", "loss": "final loss"}[suite]
+        assert row["figures"][figure] > 0

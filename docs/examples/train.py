@@ -115,7 +115,35 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def parse_arguments():
+class Training:
+    """A new model, its optimizer, and the batches that it learns from."""
+
+    def __init__(self, args, text):
+        torch.manual_seed(args.seed)
+        self.generator = torch.Generator().manual_seed(args.seed)
+        self.args, self.text = args, text
+        self.model = LanguageModel(args.width, args.layers, args.heads, args.context)
+        self.model.to(args.device)
+        self.run_model = torch.compile(self.model) if args.compile else self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr)
+        self.scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
+
+    def loss_of_one_batch(self):
+        tokens, targets = sample_batch(self.text, self.args, self.generator)
+        with torch.autocast(self.args.device, dtype=getattr(torch, self.args.dtype)):
+            return self.run_model(tokens, targets)
+
+    def step(self):
+        """Learn from one batch, and its loss."""
+        loss = self.loss_of_one_batch()
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+
+def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -128,7 +156,7 @@ def parse_arguments():
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.steps <= WARMUP_STEPS:
         parser.error(f"--steps {args.steps}: the first {WARMUP_STEPS} are not timed; take more.")
     return args
@@ -136,34 +164,17 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    text = standard_library_text()
-    model = LanguageModel(args.width, args.layers, args.heads, args.context).to(args.device)
-    layernorm_dtypes = record_layernorm_dtypes(model)
-    run_model = torch.compile(model) if args.compile else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
-
-    def loss_of_one_batch():
-        tokens, targets = sample_batch(text, args, generator)
-        with torch.autocast(args.device, dtype=getattr(torch, args.dtype)):
-            return run_model(tokens, targets)
-
+    training = Training(args, standard_library_text())
+    layernorm_dtypes = record_layernorm_dtypes(training.model)
     losses, seconds = [], []
     progress = tqdm(range(args.steps), unit="step")
     for step in progress:
         start = time.perf_counter()
-        loss = loss_of_one_batch()
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(loss.detach())
+        losses.append(training.step())
         synchronize(args.device)
         seconds.append(time.perf_counter() - start)
         if step % 10 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
+            progress.set_postfix(loss=f"{losses[-1].item():.3f}")
 
     # The median step: a busy machine slows some down.
     step_seconds = statistics.median(seconds[WARMUP_STEPS:])
@@ -175,7 +186,7 @@ def main():
     }
     if args.device == "cuda":
         summary["peak CUDA memory, MiB"] = f"{torch.cuda.max_memory_allocated() / 2**20:,.1f}"
-    saved = bytes_saved_for_backward(model, loss_of_one_batch)
+    saved = bytes_saved_for_backward(training.model, training.loss_of_one_batch)
     summary["saved for backward, MiB"] = f"{saved / 2**20:,.1f}"
     for name, value in summary.items():
         print(f"{name}\t{value}")

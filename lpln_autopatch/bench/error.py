@@ -14,7 +14,8 @@ import itertools
 import torch
 
 from lpln_autopatch import disable, low_precision_layernorm
-from lpln_autopatch.bench.rivals import ComposerRecipe, refuse_to_run
+from lpln_autopatch.bench.options import usable_device
+from lpln_autopatch.bench.rivals import ComposerRecipe
 
 COLUMNS = ("output", "grad x", "grad weight", "grad bias")
 
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--features", type=int, default=1024)
     args = parser.parse_args()
-    refuse_to_run(args.device)
+    usable_device(args.device)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {args.device}")
     for dtype in (torch.bfloat16, torch.float16):

@@ -1,0 +1,59 @@
+"""What the command line asks of the suites."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+from lpln_autopatch import status
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The arguments of `python -m lpln_autopatch bench`, None where a suite has its own default.
+
+    Attributes:
+        device: Where everything runs.
+        quick: Whether small sizes do, and figures that mean nothing.
+        dtypes: Autocast dtypes.
+        rounds: Rounds of timing.
+        graph: Whether the kernel suite times replays of CUDA graphs.
+        features: N, for the kernel suite.
+        models: Names, for the model suite.
+        modes: "eager", "compiled", for the model suite.
+        steps: Of training, for the loss suite.
+        seeds: How many, for the loss suite.
+        json: File for the rows.
+        plot: File for the drawing.
+    """
+
+    device: torch.device
+    quick: bool = False
+    dtypes: list[torch.dtype] | None = None
+    rounds: int | None = None
+    graph: bool = False
+    features: list[int] | None = None
+    models: list[str] | None = None
+    modes: list[str] | None = None
+    steps: int | None = None
+    seeds: int | None = None
+    json: Path | None = None
+    plot: Path | None = None
+
+    def rounds_or(self, default: int) -> int:
+        """The rounds that were asked for, or 2 for a quick run, or `default`."""
+        return self.rounds or (2 if self.quick else default)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name. Exits with one line if there is none, or LayerNorm is patched."""
+    try:
+        torch.empty(0, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
+    if status().installed:
+        sys.exit("LPLN_PRECISION is set: unset it, the benchmark turns low precision on itself.")
+    return torch.device(name)

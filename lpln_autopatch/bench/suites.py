@@ -1,0 +1,138 @@
+"""`python -m lpln_autopatch bench`: how much faster, at what cost, on this machine.
+
+python -m lpln_autopatch bench
+python -m lpln_autopatch bench kernel call --device cuda --json figures.json --plot figures.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from importlib_metadata import PackageNotFoundError, version
+
+from lpln_autopatch import disable, status
+from lpln_autopatch.bench import results
+from lpln_autopatch.bench.options import Options, usable_device
+
+SUITES = {
+    "kernel": "LayerNorm alone, on the device, against every rival",
+    "call": "one call on the host",
+    "model": "a training step of BERT, GPT-2 and ViT",
+    "loss": "what a language model learns, stock and lowered",
+}
+RIVALS = ("triton", "mosaicml", "apex", "liger-kernel", "timm", "quack-kernels", "transformers")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the suites that `argv` names, print their tables, and write what it asks for.
+
+    Returns:
+        0. Whatever is wrong before anything has been measured ends the process instead, with one
+        line and a status of 1 or 2.
+    """
+    options, suites = parse(argv)
+    refuse_without_extra(options, suites)
+    if options.device.type == "cuda":
+        torch.cuda.set_device(options.device)
+    from tqdm import tqdm
+
+    about = environment(options.device, argv)
+    measured: dict[str, list[results.Row]] = {}
+    for suite in suites:
+        with tqdm(unit="round", leave=False) as progress:
+            measured[suite] = import_module(f"lpln_autopatch.bench.{suite}").run(options, progress)
+    disable()
+    print("\n".join(f"{name:8} {value}" for name, value in about.items()))
+    for suite, rows in measured.items():
+        print(f"\n{suite}: {SUITES[suite]}\n{results.table(rows)}")
+    if options.json:
+        results.write_json(options.json, about, measured)
+    if options.plot:
+        heading = f"{about['date']}, {about['device']}, {about['versions']}\n{about['command']}"
+        results.plot(options.plot, heading, measured)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists what is valid)\n")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
+        return int(text)
+
+    return number
+
+
+def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
+    """The options, and the suites in the order of `SUITES`."""
+    parser = _Parser(
+        prog="python -m lpln_autopatch bench",
+        description="Measure LayerNorm, stock and lowered, against every rival that is installed.",
+        epilog="\n".join(["suites:", *(f"  {name:8} {what}" for name, what in SUITES.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("suites", nargs="*", metavar="SUITE", help="kernel, call, model, loss (default: all)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--quick", action="store_true", help="small sizes: does it run? its figures mean nothing")
+    add("--dtype", nargs="+", choices=["bfloat16", "float16"], help="what autocast runs in")
+    add("--rounds", type=_at_least(2), help="rounds of timing, at least 2")
+    add("--graph", action="store_true", help="kernel: time CUDA graphs, the device alone")
+    add("--features", type=_at_least(1), nargs="+", metavar="N", help="kernel: sizes of a row")
+    add("--models", nargs="+", choices=["bert", "gpt2", "vit"], help="model: which")
+    add("--modes", nargs="+", choices=["eager", "compiled"], help="model: which")
+    add("--steps", type=_at_least(20), help="loss: steps of training, at least 20")
+    add("--seeds", type=_at_least(2), help="loss: how many, at least 2")
+    add("--json", type=Path, metavar="FILE", help="write every figure")
+    add("--plot", type=Path, metavar="FILE", help="draw them, a PNG")
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.suites if name not in SUITES]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is not a suite; valid: {', '.join(SUITES)}")
+    for file in (args.json, args.plot):
+        if file is not None and not file.absolute().parent.is_dir():
+            parser.error(f"{file}: there is no such folder")
+    given = {k: v for k, v in vars(args).items() if k not in ("suites", "device", "dtype")}
+    dtypes = [getattr(torch, name) for name in args.dtype] if args.dtype else None
+    suites = [name for name in SUITES if name in (args.suites or SUITES)]
+    return Options(usable_device(args.device), dtypes=dtypes, **given), suites
+
+
+def refuse_without_extra(options: Options, suites: Sequence[str]) -> None:
+    """Exit with one line if a package of the extra is missing that the run would need."""
+    needed = ["tqdm"] + ["matplotlib"] * bool(options.plot) + ["transformers"] * ("model" in suites)
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        sys.exit(f"{', '.join(missing)} is missing: pip install 'lpln_autopatch[bench]'")
+
+
+def environment(device: torch.device, argv: Sequence[str]) -> dict[str, object]:
+    """What the figures hold for: command, date, hardware, versions."""
+    hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    versions = dict(status().versions)
+    for name in RIVALS:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        "command": shlex.join(["python", "-m", "lpln_autopatch", "bench", *argv]),
+        "date": datetime.date.today().isoformat(),
+        "device": f"{device} ({hardware})",
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
+    }
