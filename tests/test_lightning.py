@@ -13,7 +13,7 @@ needs_lightning = needs_library("lightning")
 # Fits a model whose LayerNorms get float32 while they are stock. sys.argv[1] is the package. A
 # result is the dtypes that they gave in fit() and behind it, the loss, and the parameters.
 PROGRAM = """
-import importlib, json, sys, tempfile
+import copy, importlib, json, pickle, sys, tempfile
 import torch
 from support import digest, layer_norm_dtypes
 pl = importlib.import_module(sys.argv[1])
@@ -113,6 +113,19 @@ trainer, model = fail("training", AlsoFails())
 trainer.fit(model, LOADER)
 results["another callback failed too, then fitted"] = dtypes(model)
 
+class Inside(pl.Callback):
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if index == 1:
+            make_trainer(shared).validate(Model(), LOADER)
+            make_trainer(shared).fit(Model(), LOADER)
+            results["behind an inner fit"] = dtypes(Model())
+            copies.extend([copy.deepcopy(shared), pickle.loads(pickle.dumps(shared))])
+
+shared, copies = LowPrecisionLayerNorm(), []
+make_trainer(Inside(), shared).fit(Model(), LOADER)
+results["behind the outer"] = dtypes(Model())
+results["copies"] = [fit(callback) for callback in copies]
+
 tuner = importlib.import_module(sys.argv[1] + ".tuner")
 model, trainer = Model(), make_trainer(LowPrecisionLayerNorm())
 model.lr = 0.1
@@ -179,6 +192,19 @@ def test_precision_that_is_not_mixed_lowers_nothing(without_the_variable):
 def test_fit_that_raises_leaves_nothing_on(without_the_variable, failed):
     """Stock behind fit(), wherever it raised; if on_exception did not reach us, after the next."""
     assert without_the_variable[failed] == FP32
+
+
+@needs_lightning
+def test_every_trainer_ends_its_own_block(without_the_variable):
+    """A shared callback: another Trainer that runs inside fit() leaves the outer one lowered."""
+    assert without_the_variable["behind an inner fit"] == BF16
+    assert without_the_variable["behind the outer"] == FP32
+
+
+@needs_lightning
+def test_copies_of_the_callback_have_no_block_yet(without_the_variable):
+    """One that was copied or pickled in the middle of fit() does in its own what that one did."""
+    assert without_the_variable["copies"] == [without_the_variable["callback"]] * 2
 
 
 @needs_lightning

@@ -14,7 +14,7 @@ needs_transformers = needs_library("transformers")
 # they gave in training and in an evaluation after it, how often they ran in training, the loss, and
 # the parameters.
 PROGRAM = """
-import json, tempfile
+import gc, json, tempfile
 import torch
 from support import digest, layer_norm_dtypes
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
@@ -102,23 +102,44 @@ trainer = fail()
 results["failed"] = dtypes(trainer.model)
 trainer.train()
 results["and trained"] = dtypes(trainer.model)
-trainer = fail()
-trainer.remove_callback(LowPrecisionLayerNorm)
-results["and removed"] = dtypes(trainer.model)
+model = fail().model
+gc.collect()
+results["and gone"] = dtypes(model)
 
 RaisesOnce.message = "DefaultCPUAllocator: can't allocate memory"
 trainer = make_trainer([LowPrecisionLayerNorm()], RaisesOnce, auto_find_batch_size=True)
 trainer.train()
 results["smaller batch"] = [trainer.model.raised, *dtypes(trainer.model)]
+print(json.dumps(results))
+"""
 
-first, second = LowPrecisionLayerNorm("bf16"), LowPrecisionLayerNorm("amp")
-first.on_train_begin(None, None, None)
-second.on_train_begin(None, None, None)
-first.on_train_end(None, None, None)
-first.on_train_end(None, None, None)
-results["first left"] = dtypes(trainer.model)
-second.on_train_end(None, None, None)
-results["both left"] = dtypes(trainer.model)
+SHARING = """
+import copy, pickle
+from transformers import TrainerState, TrainerCallback
+from lpln_autopatch.integrations.transformers import LowPrecisionLayerNorm
+
+def dtypes():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return [str(torch.nn.LayerNorm(8)(torch.zeros(1, 8)).dtype)]
+
+class Inside(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            make_trainer([shared]).train()
+            results["behind an inner train"] = dtypes()
+            copies.extend([copy.deepcopy(shared), pickle.loads(pickle.dumps(shared))])
+
+results, copies, shared = {}, [], LowPrecisionLayerNorm()
+train([shared, Inside()])
+results["behind the outer"] = dtypes()
+
+for name, callback in zip(["copy", "unpickled"], copies):
+    state = TrainerState()
+    callback.on_train_end(None, state, None)
+    callback.on_train_begin(None, state, None)
+    results[name] = dtypes()
+    del state
+    results[name] += dtypes()
 print(json.dumps(results))
 """
 
@@ -192,7 +213,7 @@ def test_gradient_checkpointing_changes_no_bit(with_the_variable, without_the_va
 
 @needs_transformers
 def test_train_that_raises():
-    """The callback's block ends with the next train(), or with the callback; each ends its own.
+    """The callback's block ends with the next train(), or with the Trainer.
 
     Where the Trainer itself goes on, with a smaller batch, it is left once and for all.
     """
@@ -200,10 +221,20 @@ def test_train_that_raises():
     assert results == {
         "failed": BF16,
         "and trained": FP32,
-        "and removed": FP32,
+        "and gone": FP32,
         "smaller batch": [True, *FP32],
-        "first left": BF16,
-        "both left": FP32,
+    }
+
+
+@needs_transformers
+def test_every_training_ends_its_own_block():
+    """A shared callback: an inner train() leaves the outer's block; a copy of it has none yet."""
+    results = run(SHARING)
+    assert results == {
+        "behind an inner train": BF16,
+        "behind the outer": FP32,
+        "copy": [*BF16, *FP32],
+        "unpickled": [*BF16, *FP32],
     }
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lpln_autopatch.activation import low_precision_layernorm
+from lpln_autopatch.integrations.blocks import Blocks
 from lpln_autopatch.precision import Precision
 
 if TYPE_CHECKING:
@@ -38,8 +37,8 @@ class LowPrecisionLayerNorm(*_callback_classes()):  # type: ignore[misc]
 
     `Trainer(precision="bf16-mixed", callbacks=[LowPrecisionLayerNorm()])`. Autocast is the
     Trainer's: with a precision that is not mixed nothing is lowered. `validate`, `test` and
-    `predict` run as they would without the callback. It is a `low_precision_layernorm` block, left
-    when `fit` ends or raises; nothing of it is in a checkpoint.
+    `predict` run as they would without the callback. It is a `low_precision_layernorm` block for
+    each Trainer, left when `fit` ends or raises; nothing of it is in a checkpoint.
 
     Args:
         precision: As for `lpln_autopatch.enable`.
@@ -54,18 +53,17 @@ class LowPrecisionLayerNorm(*_callback_classes()):  # type: ignore[misc]
         self, precision: str | Precision | torch.dtype = "amp", backend: str = "auto"
     ) -> None:
         super().__init__()
-        self._block = low_precision_layernorm(precision, backend)
-        self._entered = contextlib.ExitStack()
+        self._blocks = Blocks(precision, backend)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Enter the block where `fit` begins."""
         if stage == "fit":
-            self._entered.enter_context(self._block)
+            self._blocks.enter(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave it where `fit` ends, and any that another callback's on_exception kept open."""
-        self._entered.close()
+        self._blocks.leave(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave it where `fit` is interrupted: Lightning does not call teardown then."""
-        self._entered.close()
+        self._blocks.leave(trainer)

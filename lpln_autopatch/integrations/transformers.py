@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import weakref
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -14,7 +12,7 @@ except ImportError as error:
         "Install it: pip install transformers accelerate."
     ) from error
 
-from lpln_autopatch.activation import low_precision_layernorm
+from lpln_autopatch.integrations.blocks import Blocks
 from lpln_autopatch.precision import Precision
 
 if TYPE_CHECKING:
@@ -26,10 +24,11 @@ class LowPrecisionLayerNorm(TrainerCallback):  # type: ignore[misc]
 
     `Trainer(args=TrainingArguments(bf16=True), callbacks=[LowPrecisionLayerNorm()])`. Autocast is
     the Trainer's: without `bf16` or `fp16` nothing is lowered. `evaluate` and `predict` run as they
-    would without the callback. It is a `low_precision_layernorm` block, left when `train` ends.
+    would without the callback. It is a `low_precision_layernorm` block for each `train`, left when
+    that ends.
 
-    The Trainer tells callbacks nothing if `train` raises. The block then stays open until the next
-    `train` ends, or the callback is gone: `trainer.remove_callback(LowPrecisionLayerNorm)`. Where a
+    The Trainer tells callbacks nothing if `train` raises. The block then stays open until the
+    Trainer's next `train` begins, which has a block of its own, or the Trainer is gone. Where a
     program goes on after that, put `low_precision_layernorm` around `train` instead.
 
     Args:
@@ -44,15 +43,12 @@ class LowPrecisionLayerNorm(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self, precision: str | Precision | torch.dtype = "amp", backend: str = "auto"
     ) -> None:
-        self._block = low_precision_layernorm(precision, backend)
-        self._entered = contextlib.ExitStack()
-        # The Trainer tells nobody that `train` raised: the block then goes with the callback.
-        weakref.finalize(self, self._entered.close).atexit = False
+        self._blocks = Blocks(precision, backend)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Enter the block."""
-        self._entered.enter_context(self._block)
+        """Enter the block of this `train`, which has made `state` for itself."""
+        self._blocks.enter(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave it, and those of trainings that raised: `auto_find_batch_size` tries again."""
-        self._entered.close()
+        """Leave it."""
+        self._blocks.leave(state)

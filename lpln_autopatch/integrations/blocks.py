@@ -1,0 +1,52 @@
+"""What the callbacks of a trainer share: a block for each training that they are in."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from lpln_autopatch.activation import low_precision_layernorm
+from lpln_autopatch.precision import Precision
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Blocks:
+    """A `low_precision_layernorm` block for each training that is under way.
+
+    One instance may be in several trainings at a time, nested or in threads. A copy, or what is
+    unpickled, is in none.
+
+    Args:
+        precision: As for `lpln_autopatch.enable`.
+        backend: As for `lpln_autopatch.enable`.
+
+    Raises:
+        ValueError: precision or backend is not a valid name.
+        ImportError: the backend cannot be used here.
+    """
+
+    def __init__(self, precision: str | Precision | torch.dtype, backend: str) -> None:
+        low_precision_layernorm(precision, backend)  # raises now, not when a training begins
+        self._arguments = precision, backend
+        # By id: transformers' TrainerState has no hash.
+        self._leave: dict[int, weakref.finalize[Any, Any]] = {}
+
+    def __reduce__(self) -> tuple[type[Blocks], tuple[object, ...]]:
+        return type(self), self._arguments
+
+    def enter(self, training: object) -> None:
+        """Enter the block of `training`; it is left when that is gone, if not before."""
+        self.leave(training)
+        entered = contextlib.ExitStack()
+        entered.enter_context(low_precision_layernorm(*self._arguments))
+        leave = self._leave[id(training)] = weakref.finalize(training, entered.close)
+        leave.atexit = False
+
+    def leave(self, training: object) -> None:
+        """Leave the block of `training`, if one is open."""
+        leave = self._leave.pop(id(training), None)
+        if leave is not None:
+            leave()
