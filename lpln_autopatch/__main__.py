@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -34,7 +35,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="the same, for programs")
     options = parser.parse_args(arguments)
-    diagnosis = diagnose()
+    # What it imports, backends of other packages too, may print.
+    with contextlib.redirect_stdout(sys.stderr):
+        diagnosis = diagnose()
     print(json.dumps(dataclasses.asdict(diagnosis), indent=2) if options.json else diagnosis)
     return 0 if diagnosis.problem is None else 1
 

@@ -29,8 +29,8 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
 
     Raises:
         SystemExit: LPLN_PRECISION or LPLN_BACKEND is not valid, or something that is needed does
-            not import. Not the error itself, which torch would bury in advice of its own, and
-            which an `except Exception` around an import would hide.
+            not import or fails. Not the error itself, which torch would bury in advice of its own,
+            and which an `except Exception` around an import would hide.
         ValueError, ImportError: The same in a thread, where Python ignores SystemExit.
     """
     global acted
@@ -54,12 +54,12 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
         from lpln_autopatch.activation import enable_from
 
         enable_from(os.environ[_VARIABLE], "auto", "environment", _VARIABLE)
-    except (ValueError, ImportError) as error:
-        reason = str(error).rstrip(".")
+    except Exception as error:
+        reason = (str(error) or repr(error)).rstrip(".")
         message = f"{reason}. Unset {_VARIABLE} to leave LayerNorm as PyTorch has it."
         if threading.current_thread() is threading.main_thread():
             raise SystemExit(f"lpln_autopatch: {message}") from None
-        raise type(error)(message) from None
+        raise (ValueError if isinstance(error, ValueError) else ImportError)(message) from None
     finally:
         for name, module in halves.items():
             sys.modules.setdefault(name, module)

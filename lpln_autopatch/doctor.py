@@ -50,14 +50,14 @@ class Diagnosis:
         environment: The variables that matter, None where unset.
         precision: The precision in force, or None.
         backend: What normalises, or None.
-        source: "environment", or None.
+        source: "environment", or None; "enable" or "block" if code that runs as Python starts, in a
+            sitecustomize for example, has called that.
         installed: Whether the wrapper is on `LayerNorm.forward`.
         acted: The route that activated, or None.
         routes: The ways of activation without code, and whether each is open.
         backends: Every backend that can be named, and whether it can be used.
         devices: The devices that torch sees.
-        problem: Why LayerNorm is not lowered though LPLN_PRECISION is set, or what import fails;
-            or None.
+        problem: Why LPLN_PRECISION is set and does not lower LayerNorm, or what fails; or None.
     """
 
     versions: dict[str, str | None]
@@ -95,10 +95,13 @@ class Diagnosis:
     def verdict(self) -> str:
         """The outcome, in a line."""
         if self.problem is not None:
-            return f"LayerNorm is not lowered: {self.problem}"
+            return f"LPLN_PRECISION does not lower LayerNorm: {self.problem}"
         if self.precision is None:
             return "LPLN_PRECISION is not set: LayerNorm is as PyTorch has it."
-        return f"LayerNorm is lowered: precision {self.precision}, by the route {self.acted}."
+        by = f"{self.source} in this process"
+        if self.source == "environment":
+            by = f"the route {self.acted}"
+        return f"LayerNorm is lowered: precision {self.precision}, by {by}."
 
 
 def diagnose() -> Diagnosis:
@@ -109,13 +112,20 @@ def diagnose() -> Diagnosis:
         environment={name: os.environ.get(name) for name in VARIABLES},
     )
     try:
-        import torch  # noqa: F401
-
-        from lpln_autopatch import backends, patch, state, torch_compat
+        return _look(common)
     except SystemExit as error:  # our own, at a wrong variable
         return dataclasses.replace(common, problem=str(error).removeprefix("lpln_autopatch: "))
     except Exception as error:
-        return dataclasses.replace(common, problem=f"an import fails: {error!r}.")
+        problem = f"torch, or what lpln_autopatch needs, fails: {error!r}."
+        return dataclasses.replace(common, problem=problem)
+
+
+def _look(common: Diagnosis) -> Diagnosis:
+    """`common`, with everything that takes torch."""
+    import torch  # noqa: F401
+
+    from lpln_autopatch import backends, patch, state, torch_compat
+
     request, routes = state.current(), _routes()
     return dataclasses.replace(
         common,
@@ -192,22 +202,27 @@ def _backend(name: str) -> Finding:
         chosen, _ = backends.resolve(name, Precision.AMP)
     except Exception as error:
         return Finding(False, str(error))
+    except SystemExit as error:
+        return Finding(False, repr(error))
     return Finding(True, chosen if chosen != name else "")
 
 
 def _problem(request: Request | None, routes: dict[str, Finding]) -> str | None:
-    """Why LayerNorm is not lowered though LPLN_PRECISION is set, or None if it is."""
+    """Why LPLN_PRECISION, which is set, does not lower LayerNorm, or None if it does."""
     try:
-        precision = Precision.parse(os.environ["LPLN_PRECISION"], "LPLN_PRECISION")
+        Precision.parse(os.environ["LPLN_PRECISION"], "LPLN_PRECISION")
     except ValueError as error:
         return str(error)
-    if request is None:
+    if autoload.acted is None:
         closed = "; ".join(
             f"{name}: {found.detail or 'open, and did not act'}" for name, found in routes.items()
         )
-        return f"no route has read LPLN_PRECISION ({closed})."
-    if not precision.ever_engages:
-        return f"precision {str(precision)!r} never engages."
+        other = f" What is in force comes from {request.source} in this process." if request else ""
+        return f"no route has read it ({closed}).{other}"
+    if request is None:
+        return "disable in this process has undone it."
+    if not request.precision.ever_engages:
+        return f"precision {str(request.precision)!r} never engages."
     return _why_stock(request)
 
 

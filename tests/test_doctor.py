@@ -54,7 +54,7 @@ def test_nothing_asked_for_is_no_problem(value):
         ({"LPLN_PRECISION": "amp", "LPLN_BACKEND": "x", **A_ROUTE}, "LPLN_BACKEND='x' is not"),
         (
             {"LPLN_PRECISION": "amp", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-            "no route has read LPLN_PRECISION (torch.backends: ",
+            "no route has read it (torch.backends: ",
         ),
         # Invalid, and no route to say so.
         (
@@ -71,7 +71,7 @@ def test_problem_is_exit_status_1_with_the_reason(environment, problem):
     result = run_python("-m", "lpln_autopatch", check=False, **environment)
     assert result.returncode == 1
     last = result.stdout.splitlines()[-1]
-    assert last == f"LayerNorm is not lowered: {found['problem']}"
+    assert last == f"LPLN_PRECISION does not lower LayerNorm: {found['problem']}"
 
 
 def test_patcher_that_hides_us_is_a_problem(tmp_path):
@@ -102,17 +102,65 @@ def test_broken_import_is_a_problem(tmp_path, module):
     (tmp_path / f"{module}.py").write_text("raise ImportError('broken here')")
     status, found = doctor(PYTHONPATH=str(tmp_path))
     assert status == 1
-    assert found["problem"] == "an import fails: ImportError('broken here')."
+    why = "torch, or what lpln_autopatch needs, fails: ImportError('broken here')."
+    assert found["problem"] == why
+
+
+def test_old_wrapt_is_a_problem(tmp_path):
+    """A wrapt that imports and lacks what we use of it: JSON and a reason, no traceback."""
+    (tmp_path / "sitecustomize.py").write_text("import wrapt; del wrapt.wrapper_chain")
+    status, found = doctor(PYTHONPATH=str(tmp_path), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert status == 1
+    assert "has no attribute 'wrapper_chain'" in found["problem"]
+
+
+@pytest.mark.parametrize(
+    ("call", "environment", "problem"),
+    [
+        ("enable('bf16')", {"LPLN_PRECISION": "amp"}, "What is in force comes from enable in this"),
+        ("enable('bf16')", {}, None),
+        ("enable('bf16')", {"LPLN_PRECISION": "amp", **A_ROUTE}, None),
+        ("enable('fp32')", {"LPLN_PRECISION": "amp", **A_ROUTE}, "precision 'fp32' never engages."),
+        ("disable()", {"LPLN_PRECISION": "amp", **A_ROUTE}, "disable in this process has undone"),
+    ],
+)
+def test_call_in_the_process_is_not_taken_for_a_route(tmp_path, call, environment, problem):
+    """A hook that calls us is named as what it is; where the variable is set and unread, status 1.
+
+    And so is one that takes back what a route has done.
+    """
+    hook = f"lambda torch: lpln_autopatch.{call}"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import lpln_autopatch, wrapt; wrapt.register_post_import_hook({hook}, 'torch')"
+    )
+    path = ":".join(filter(None, (environment.get("PYTHONPATH"), str(tmp_path))))
+    environment = {**A_ROUTE, **environment, "PYTHONPATH": path}
+    result = run_python("-m", "lpln_autopatch", check=False, **environment)
+    last = result.stdout.splitlines()[-1]
+    if problem is None:
+        assert result.returncode == 0
+        assert last == "LayerNorm is lowered: precision amp_bf16, by enable in this process."
+    else:
+        assert result.returncode == 1
+        assert last.startswith("LPLN_PRECISION does not lower LayerNorm: ")
+        assert problem in last
 
 
 def test_backends_are_listed_usable_or_not(tmp_path):
-    """Built in or of another distribution, each backend is listed; why not, if it cannot be."""
-    (tmp_path / "thirdparty.py").write_text("def refuses(*arguments):\n    raise KeyError('no')")
+    """Built in or of another distribution, each backend is listed; why not, if it cannot be.
+
+    One that prints or exits when it is imported spoils nothing.
+    """
+    (tmp_path / "thirdparty.py").write_text(
+        "print('imported')\ndef refuses(*arguments):\n    raise KeyError('no')"
+    )
+    (tmp_path / "exits.py").write_text("raise SystemExit(3)")
     info = tmp_path / "thirdparty-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: thirdparty\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[lpln_autopatch.backends]\nrefuses = thirdparty:refuses\nbroken = thirdparty:missing\n"
+        "exits = exits:anything\n"
     )
     path = f"{A_ROUTE['PYTHONPATH']}:{tmp_path}"
     environment = {**A_ROUTE, "PYTHONPATH": path, "LPLN_BACKEND": "refuses"}
@@ -122,6 +170,7 @@ def test_backends_are_listed_usable_or_not(tmp_path):
     backends = found["backends"]
     assert backends["native"] == backends["refuses"] == {"usable": True, "detail": ""}
     assert backends["auto"] == {"usable": True, "detail": "refuses"}
+    assert backends["exits"] == {"usable": False, "detail": "SystemExit(3)"}
     assert not backends["broken"]["usable"]
     assert "thirdparty:missing does not load: AttributeError" in backends["broken"]["detail"]
     assert not backends["apex"]["usable"]

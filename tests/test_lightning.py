@@ -116,10 +116,10 @@ results["another callback failed too, then fitted"] = dtypes(model)
 class Inside(pl.Callback):
     def on_train_batch_start(self, trainer, module, batch, index):
         if index == 1:
+            copies.extend([copy.deepcopy(shared), pickle.loads(pickle.dumps(shared))])
             make_trainer(shared).validate(Model(), LOADER)
             make_trainer(shared).fit(Model(), LOADER)
             results["behind an inner fit"] = dtypes(Model())
-            copies.extend([copy.deepcopy(shared), pickle.loads(pickle.dumps(shared))])
 
 shared, copies = LowPrecisionLayerNorm(), []
 make_trainer(Inside(), shared).fit(Model(), LOADER)

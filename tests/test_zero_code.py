@@ -132,6 +132,27 @@ def test_broken_installation_stops_the_process(tmp_path):
     assert run_python("-c", code, **environment).stdout == "ran\n"
 
 
+@pytest.mark.parametrize(
+    ("hook", "environment", "reason"),
+    [
+        ("import wrapt; del wrapt.wrapper_chain", {"LPLN_PRECISION": "amp"}, "'wrapper_chain'"),
+        ("", {"LPLN_PRECISION": "fp32", "PYTHONWARNINGS": "error:precision"}, "never engages"),
+    ],
+)
+@needs_autoload
+def test_whatever_fails_stops_the_process_with_one_line(tmp_path, hook, environment, reason):
+    """An old wrapt, a warning made an error: our line, and none of torch's advice."""
+    (tmp_path / "sitecustomize.py").write_text(hook)
+    code = "import torch; print('ran')"
+    result = run_python("-c", code, check=False, PYTHONPATH=str(tmp_path), **environment)
+    assert (result.returncode, result.stdout) == (1, "")
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("lpln_autopatch: ")
+    assert reason in last
+    assert last.endswith("Unset LPLN_PRECISION to leave LayerNorm as PyTorch has it.")
+    assert "Traceback" not in result.stderr
+
+
 def test_sitecustomize_without_wrapt_stops_what_uses_torch(tmp_path):
     """A Python that lacks wrapt runs programs without torch, and refuses to import torch."""
     (tmp_path / "wrapt.py").write_text("raise ImportError('no wrapt here')")
