@@ -42,7 +42,7 @@ test-frameworks: $(INSTALLED)
 	LPLN_TEST_FRAMEWORKS=1 $(VENV)/bin/pytest tests/test_report_on_models.py \
 	  tests/test_frameworks.py tests/test_lightning.py tests/test_transformers.py \
 	  tests/test_distributed.py
-	$(VENV)/bin/pytest tests/test_docs.py -k integrations
+	LPLN_TEST_FRAMEWORKS=1 $(VENV)/bin/pytest tests/test_docs.py -k integrations
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

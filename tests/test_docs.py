@@ -1,11 +1,11 @@
 """Every code block of README and docs, run as a reader would, in a process of its own.
 
     python   as a script: each block is a whole program. Skipped where a library that it imports is
-             not installed; the tests of that library's integration run it where it is.
+             not installed; `make test-frameworks`, which installs them, never skips.
     bash     in a folder where train.py is docs/examples/train.py, with fewer steps. `make` only
              shows what it would do: CI runs its targets.
-    text     the output of the block before it: that one must print these lines, in which every
-             word with a digit in it stands for any such word.
+    text     the output of the block before it: that one must print these lines, in which a version
+             or a number with a point or an exponent stands for any such.
     toml     is parsed.
 
 A block that cannot run here says why, on the line before it, and must still parse:
@@ -96,14 +96,23 @@ def run(command: list[str], folder: Path) -> str:
     return result.stdout
 
 
+def skip_without(libraries: str) -> None:
+    """Skip the block; where `make test-frameworks` has installed what it needs, fail."""
+    if os.environ.get("LPLN_TEST_FRAMEWORKS"):
+        pytest.fail(f"LPLN_TEST_FRAMEWORKS is set, and this needs {libraries}")
+    pytest.skip(f"needs {libraries}; CI runs it with the tests of that integration")
+
+
 def run_python_block(block: Block, folder: Path) -> str:
     nodes = list(ast.walk(ast.parse(block.code)))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     libraries = {name.split(".")[0] for name in names}
+    if "transformers" in libraries:
+        libraries.add("accelerate")  # the Trainer imports it when it is made
     missing = sorted(name for name in libraries if importlib.util.find_spec(name) is None)
     if missing:
-        pytest.skip(f"needs {', '.join(missing)}; CI runs it with the tests of that integration")
+        skip_without(", ".join(missing))
     script = folder / f"{block.page.stem}_{block.line}.py"
     script.write_text("\n" * (block.line - 1) + block.code)  # a traceback gives the page's lines
     return run([sys.executable, str(script)], folder)
@@ -118,7 +127,7 @@ def run_bash_block(block: Block, folder: Path) -> str:
     if TORCH_VERSION < (2, 5):
         pytest.skip("before torch 2.5 nothing reads LPLN_PRECISION by itself; CI has later ones")
     if "accelerate" in programs and not (SCRIPTS / "accelerate").exists():
-        pytest.skip("needs accelerate; CI runs it with the tests of that integration")
+        skip_without("accelerate")
     (folder / "train.py").write_text(TRAIN)
     return run(["bash", "-euo", "pipefail", "-c", block.code], folder)
 
@@ -133,8 +142,8 @@ RUN = {"python": run_python_block, "bash": run_bash_block, "toml": parse_toml}
 
 
 def words(text: str) -> str:
-    """The text without what varies from machine to machine: spaces, figures, versions, dtypes."""
-    return " ".join(re.sub(r"\S*\d\S*", "#", text).split())
+    """The text without what varies from machine to machine: spaces, versions, measured numbers."""
+    return " ".join(re.sub(r"\b\d+(\.\d[\w.+-]*|e-?\d+)", "#", text).split())
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
@@ -149,6 +158,7 @@ def test_block_runs_and_prints_what_follows_it(block, tmp_path):
     assert block.language in RUN, f"no rule for {block.language!r}; the rules are in {__file__}"
     printed = RUN[block.language](block, tmp_path)
     for output in block.outputs:
+        assert words(output), "an output that shows nothing"
         assert words(output) in words(printed), printed
 
 
@@ -161,18 +171,56 @@ def test_every_fence_is_a_block_that_was_found():
         assert len(fences) == 2 * found, page
 
 
-def test_a_wrong_block_fails(tmp_path):
-    """These tests can fail: a block that raises, an unknown program, output of nothing."""
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```python\nassert 0\n```\n",
+        "```bash\ngit status\n```\n",
+        "```text\nof no block\n```\n",
+        *(
+            f"```python\nprint({printed!r})\n```\n```text\n{shown}```\n"
+            for printed, shown in [
+                ("no", "yes\n"),
+                ("no", ""),
+                ("torch.float32", "torch.bfloat16\n"),
+                ("torch.float32", "torch.float16\n"),
+                ("exit status 1", "exit status 0\n"),
+                ("0 of 2", "2 of 2\n"),
+            ]
+        ),
+    ],
+)
+def test_a_wrong_block_fails(tmp_path, text):
+    """These tests can fail: a block that raises, an unknown program, an output that is not so."""
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    (block,) = blocks_of(page)
+    with pytest.raises(AssertionError):
+        test_block_runs_and_prints_what_follows_it(block, tmp_path)
+
+
+def test_a_version_and_a_measured_number_stand_for_any(tmp_path):
+    """What varies from machine to machine does not fail a block that is right."""
     page = tmp_path / "page.md"
     page.write_text(
-        "```python\nassert 0\n```\n"
-        "```bash\ngit status\n```\n"
-        "```python\nprint('no')\n```\n\n```text\nyes\n```\n"
-        "# Another section\n```text\nof no block\n```\n"
+        "```python\nprint('torch 2.15.0.dev1+cu130, 7e-09 0.0018 (256, 8)')\n```\n"
+        "```text\ntorch 2.13.0+cpu, 2.2e-07 0.0017 (256, 8)\n```\n"
     )
-    for block in blocks_of(page):
-        with pytest.raises(AssertionError):
-            test_block_runs_and_prints_what_follows_it(block, tmp_path)
+    (block,) = blocks_of(page)
+    test_block_runs_and_prints_what_follows_it(block, tmp_path)
+
+
+def test_missing_library_fails_where_it_was_installed(tmp_path, monkeypatch):
+    """A skip elsewhere; under `make test-frameworks` a block that cannot import is an error."""
+    page = tmp_path / "page.md"
+    page.write_text("```python\nimport no_such_library\n```\n")
+    (block,) = blocks_of(page)
+    monkeypatch.delenv("LPLN_TEST_FRAMEWORKS", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="needs no_such_library"):
+        test_block_runs_and_prints_what_follows_it(block, tmp_path)
+    monkeypatch.setenv("LPLN_TEST_FRAMEWORKS", "1")
+    with pytest.raises(pytest.fail.Exception, match="needs no_such_library"):
+        test_block_runs_and_prints_what_follows_it(block, tmp_path)
 
 
 @pytest.mark.parametrize("name", lpln_autopatch.__all__)
