@@ -35,8 +35,8 @@ def enable(precision: str | Precision | torch.dtype = "amp", backend: str = "aut
         precision: When to lower: "amp" (whatever autocast runs in), "amp_fp16" or
             torch.float16, "amp_bf16", "bf16" or torch.bfloat16. Composer's "fp32", "fp16" and
             "amp_fp8" are accepted and never lower, with a `NoEffectWarning`.
-        backend: What normalises: "native", "apex", the name of a backend that another package
-            brings, or "auto": what LPLN_BACKEND says, or else native.
+        backend: What normalises: "native", "fused", "apex", the name of a backend that another
+            package brings, or "auto": what LPLN_BACKEND says, or else native.
 
     Raises:
         ValueError: precision or backend is not a valid name; nothing has changed.

@@ -30,13 +30,13 @@ needs_dynamo = pytest.mark.skipif(
 )
 
 
-def needs_library(name: str) -> pytest.MarkDecorator:
-    """Skip where the library is missing; where `make test-frameworks` installed it, never."""
-    missing = importlib.util.find_spec(name) is None
+def needs_library(*names: str) -> pytest.MarkDecorator:
+    """Skip where a library is missing; where `make test-frameworks` installed it, never."""
+    missing = ", ".join(name for name in names if importlib.util.find_spec(name) is None)
     if missing and os.environ.get("LPLN_TEST_FRAMEWORKS"):
-        raise ImportError(f"LPLN_TEST_FRAMEWORKS is set, and {name} is not installed")
+        raise ImportError(f"LPLN_TEST_FRAMEWORKS is set, and {missing} is not installed")
     return pytest.mark.skipif(
-        missing, reason=f"needs {name}; `make test-frameworks`, and CI, have it"
+        bool(missing), reason=f"needs {missing}; `make test-frameworks`, and CI, have it"
     )
 
 

@@ -363,6 +363,9 @@ def test_table_lists_the_absent_once():
         (["kernel", "--features", "none"], "--features: none is not a number from 1 on"),
         (["call", "--dtype", "float64"], "invalid choice: 'float64'"),
         (["call", "--json", "no/such/folder/x.json"], "there is no such folder"),
+        (["call", "--json", "x.png", "--plot", "x.png"], "need a file each"),
+        (["call", "--plot", "x.txt"], "ends in .png"),
+        (["kernel", "--graph", "--device", "cpu"], "only a CUDA device has graphs"),
     ],
 )
 def test_wrong_argument_is_one_line(arguments, message, capsys):
@@ -388,7 +391,7 @@ def test_unusable_device_is_one_line(device):
 def test_missing_extra_is_one_line(arguments, package, monkeypatch):
     """A package of the extra that the run needs and that is not here: the command to install it."""
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf"{package} is missing: pip install 'lpln_autopatch\[bench\]'"
+    message = rf"not installed: {package}\. pip install 'lpln_autopatch\[bench\]'"
     with pytest.raises(SystemExit, match=message):
         suites.main(["call", "--device", "cpu", *arguments])
 
@@ -402,6 +405,13 @@ def test_patched_process_is_refused(module):
     assert result.returncode == 1
     assert "unset it" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_backend_of_the_environment_is_refused(monkeypatch):
+    """With LPLN_BACKEND set "auto" is not what it is for others: one line, status 1."""
+    monkeypatch.setenv("LPLN_BACKEND", "native")
+    with pytest.raises(SystemExit, match="LPLN_BACKEND is set: unset it"):
+        suites.main(["call", "--device", "cpu"])
 
 
 @recipe_runs

@@ -8,7 +8,7 @@ import math
 import pytest
 from support import needs_library, run_python
 
-needs_transformers = needs_library("transformers")
+needs_transformers = needs_library("transformers", "accelerate")  # its Trainer needs it
 
 # Trains a BERT, whose LayerNorms all get float32 while they are stock. A result is the dtypes that
 # they gave in training and in an evaluation after it, how often they ran in training, the loss, and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -56,4 +57,6 @@ def usable_device(name: str) -> torch.device:
         sys.exit(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
     if status().installed:
         sys.exit("LPLN_PRECISION is set: unset it, the benchmark turns low precision on itself.")
+    if os.environ.get("LPLN_BACKEND"):
+        sys.exit("LPLN_BACKEND is set: unset it, the benchmark measures every backend.")
     return torch.device(name)

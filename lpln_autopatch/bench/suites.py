@@ -31,6 +31,10 @@ SUITES = {
     "model": "a training step of BERT, GPT-2 and ViT",
     "loss": "what a language model learns, stock and lowered",
 }
+LEGEND = """/ stock, ...  time as a ratio, median (quartiles) of the rounds; below 1 is faster
+error ...    relative, against float64
+gives        the dtype of what LayerNorm returns"""
+QUICK = "--quick shows that it runs. Its figures mean nothing."
 RIVALS = ("triton", "mosaicml", "apex", "liger-kernel", "timm", "quack-kernels", "transformers")
 
 
@@ -50,16 +54,22 @@ def main(argv: Sequence[str]) -> int:
     about = environment(options.device, argv)
     measured: dict[str, list[results.Row]] = {}
     for suite in suites:
-        with tqdm(unit="round", leave=False) as progress:
+        with tqdm(unit="round", leave=False, disable=None) as progress:
             measured[suite] = import_module(f"lpln_autopatch.bench.{suite}").run(options, progress)
     disable()
     print("\n".join(f"{name:8} {value}" for name, value in about.items()))
+    print(f"\n{LEGEND}")
+    if options.quick:
+        print(QUICK)
     for suite, rows in measured.items():
         print(f"\n{suite}: {SUITES[suite]}\n{results.table(rows)}")
     if options.json:
         results.write_json(options.json, about, measured)
     if options.plot:
-        heading = f"{about['date']}, {about['device']}, {about['versions']}\n{about['command']}"
+        heading = (
+            f"{QUICK}\n" * options.quick
+            + f"{about['date']}, {about['device']}, {about['versions']}\n{about['command']}"
+        )
         results.plot(options.plot, heading, measured)
     return 0
 
@@ -88,14 +98,15 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     )
     add = parser.add_argument
     add("suites", nargs="*", metavar="SUITE", help="kernel, call, model, loss (default: all)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help=f"cpu, cuda, cuda:1, ... (default here: {device})")
     add("--quick", action="store_true", help="small sizes: does it run? its figures mean nothing")
     add("--dtype", nargs="+", choices=["bfloat16", "float16"], help="what autocast runs in")
     add("--rounds", type=_at_least(2), help="rounds of timing, at least 2")
     add("--graph", action="store_true", help="kernel: time CUDA graphs, the device alone")
     add("--features", type=_at_least(1), nargs="+", metavar="N", help="kernel: sizes of a row")
-    add("--models", nargs="+", choices=["bert", "gpt2", "vit"], help="model: which")
-    add("--modes", nargs="+", choices=["eager", "compiled"], help="model: which")
+    add("--models", nargs="+", choices=["bert", "gpt2", "vit"], help="model: default all")
+    add("--modes", nargs="+", choices=["eager", "compiled"], help="model: default both")
     add("--steps", type=_at_least(20), help="loss: steps of training, at least 20")
     add("--seeds", type=_at_least(2), help="loss: how many, at least 2")
     add("--json", type=Path, metavar="FILE", help="write every figure")
@@ -107,6 +118,12 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     for file in (args.json, args.plot):
         if file is not None and not file.absolute().parent.is_dir():
             parser.error(f"{file}: there is no such folder")
+    if args.json and args.plot and args.json.absolute() == args.plot.absolute():
+        parser.error(f"{args.json}: --json and --plot need a file each")
+    if args.plot and args.plot.suffix.lower() != ".png":
+        parser.error(f"--plot {args.plot}: the name ends in .png")
+    if args.graph and not args.device.startswith("cuda"):
+        parser.error(f"--graph: only a CUDA device has graphs, not {args.device}")
     given = {k: v for k, v in vars(args).items() if k not in ("suites", "device", "dtype")}
     dtypes = [getattr(torch, name) for name in args.dtype] if args.dtype else None
     suites = [name for name in SUITES if name in (args.suites or SUITES)]
@@ -118,7 +135,7 @@ def refuse_without_extra(options: Options, suites: Sequence[str]) -> None:
     needed = ["tqdm"] + ["matplotlib"] * bool(options.plot) + ["transformers"] * ("model" in suites)
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
-        sys.exit(f"{', '.join(missing)} is missing: pip install 'lpln_autopatch[bench]'")
+        sys.exit(f"not installed: {', '.join(missing)}. pip install 'lpln_autopatch[bench]'")
 
 
 def environment(device: torch.device, argv: Sequence[str]) -> dict[str, object]:
