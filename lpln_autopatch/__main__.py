@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
         usage=f"{_PROGRAM} [--json]\n       {_PROGRAM} bench [--help] ...",
         description="Say what is in force in a program that is started like this one, by which "
         "route it came, and what can be used here. Exit status 1 if LPLN_PRECISION is set and "
-        "LayerNorm is not lowered. `bench` measures what lowering is worth on this machine.",
+        "does not lower LayerNorm. `bench` measures what lowering is worth on this machine.",
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="the same, for programs")
