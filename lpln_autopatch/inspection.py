@@ -23,8 +23,7 @@ def target(function: Any) -> Any:
 def is_ours(function: Any) -> bool:
     """Whether `function` is our wrapper, or a method made of it."""
     found = target(function)
-    # Not isinstance: a wrapt proxy above ours has our class and our globals.
-    return type(found) is types.FunctionType and found.__globals__ is vars(forward)
+    return _is_python(found) and found.__globals__ is vars(forward)
 
 
 def wraps_ours(function: Any) -> bool:
@@ -39,15 +38,15 @@ def is_torchs_original(function: Any) -> bool:
     found = target(function)
     # Not what is at the bottom of LayerNorm.forward: that may be somebody's closure.
     return (
-        type(found) is types.FunctionType
+        _is_python(found)
         and found.__globals__ is vars(torch.nn.modules.normalization)
         and found.__qualname__ == "LayerNorm.forward"
     )
 
 
 def can_be_read(function: Any) -> bool:
-    """Whether there is Python code to look at."""
-    return any(hasattr(link, "__code__") for link in _chain(function))
+    """Whether `function` itself, not only what it says that it wraps, is Python code."""
+    return _is_python(target(function))
 
 
 class Reading(NamedTuple):
@@ -97,13 +96,13 @@ def read(function: Any, cls: type) -> Reading:
     links = [(link, True) for link in _chain(function)]
     seen = set()
     for link, follow in links:  # which grows
-        if id(link) in seen or not hasattr(link, "__code__"):
+        if id(link) in seen or not _is_python(link):
             continue
         seen.add(id(link))
         for code in _with_inner(link.__code__):
             reading.names.update(code.co_names)
         for value in _values(link):
-            if type(value) is types.FunctionType:
+            if _is_python(value):
                 reading.functions.append(value)
                 if follow and not _is_torchs(value):
                     links += [(inner, False) for inner in _chain(value)]
@@ -113,9 +112,8 @@ def read(function: Any, cls: type) -> Reading:
             if not _is_torchs(link) and not _is_plain(value):
                 reading.unknown.append(value)
         for value in _attributes(cls, link.__code__) if follow else ():
-            found = [inner for inner in _chain(value) if hasattr(inner, "__code__")]
-            links += [(inner, True) for inner in found]
-            if not found and not _is_plain(value):
+            links += [(inner, True) for inner in _chain(value)]
+            if not can_be_read(value) and not _is_plain(value):
                 reading.unknown.append(value)
     if isinstance(function, functools.partial):
         bound = (*function.args, *function.keywords.values())
@@ -142,6 +140,11 @@ def _chain(function: Any) -> Iterator[Any]:
             function = function.__func__
         yield function
         function = wrapped
+
+
+def _is_python(value: Any) -> bool:
+    # Not isinstance: a wrapt proxy has the class and the globals of what it wraps.
+    return type(value) is types.FunctionType
 
 
 def _with_inner(code: Any) -> Iterator[types.CodeType]:

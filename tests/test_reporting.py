@@ -129,6 +129,19 @@ class Computes(torch.nn.LayerNorm):
         return x - torch.mean(x, dim=-1, keepdim=True)
 
 
+class Negated(torch.autograd.Function):
+    """Stands for the kernel of another library."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return -x
+
+
+class HasAKernel(torch.nn.LayerNorm):
+    def forward(self, x):
+        return Negated.apply(x)
+
+
 class HasACall(torch.nn.LayerNorm):
     def __call__(self, x):
         return super().__call__(x)
@@ -265,6 +278,7 @@ MODULES = {
     "calls two helpers": (lambda: CallsTwoHelpers(8), Verdict.MAYBE),
     "imports": (lambda: Imports(8), Verdict.MAYBE),
     "computes": (lambda: Computes(8), Verdict.OVERRIDES),
+    "has a kernel": (lambda: HasAKernel(8), Verdict.OVERRIDES),
     "calls, and is none": (MyNorm, Verdict.MAYBE),
     "has a __call__": (lambda: HasACall(8), Verdict.MAYBE),
     "has a _call_impl": (lambda: HasACallImpl(8), Verdict.MAYBE),
@@ -410,8 +424,8 @@ def wraps_itself(module):
             lambda: with_instance_forward(
                 lambda m: functools.update_wrapper(Unhashable(), type(m).forward)
             ),
-            Verdict.INSTANCE,
-            "layer_norm",
+            Verdict.MAYBE,
+            "no Python code",
         ),
         (lambda: with_instance_forward(wraps_itself), Verdict.INSTANCE, "in place of"),
         (lambda: with_instance_forward(lambda m: None), Verdict.MAYBE, "no Python code"),
