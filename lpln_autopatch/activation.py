@@ -132,7 +132,7 @@ def exempt(module: _M, exempt: bool = True) -> _M:
     from lpln_autopatch.torch_compat import drop_code_that_cannot_follow
 
     if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"exempt() takes a torch.nn.Module, not {module!r}.")
+        raise TypeError(f"exempt() takes a torch.nn.Module, not {type(module)}.")
     for submodule in module.modules():
         if exempt:
             setattr(submodule, EXEMPT, True)

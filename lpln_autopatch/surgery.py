@@ -54,11 +54,15 @@ class LPLayerNorm(torch.nn.LayerNorm):
         self._lowering = _parse(precision, backend).lowering()
 
     def forward(self, input: Tensor) -> Tensor:
-        dtype = lowered_dtype(self._lowering, self, input)
+        lowering = getattr(self, "_lowering", None)
+        if lowering is None:
+            # Reverted, but a hook kept this forward: no LPLayerNorm any more, so no super() either.
+            return torch.nn.LayerNorm.forward(self, input)
+        dtype = lowered_dtype(lowering, self, input)
         if dtype is None:
             # Not super().forward: the global patch has no say in a module of its own precision.
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-        return run_lowered(self._lowering, self, input, dtype)
+        return run_lowered(lowering, self, input, dtype)
 
     # TorchScript compiles the source of what this stands for.
     forward.__wrapped__ = inspect.unwrap(torch.nn.LayerNorm.forward)  # type: ignore[attr-defined]
@@ -158,7 +162,7 @@ def _parse(precision: object, backend: str) -> Request:
 
 def _check_is_module(model: object, function: str) -> None:
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"{function}() takes a torch.nn.Module, not {model!r}.")
+        raise TypeError(f"{function}() takes a torch.nn.Module, not {type(model)}.")
 
 
 def _runs_torchs_forward(module: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm]:

@@ -14,7 +14,7 @@ from support import autocast
 
 import lpln_autopatch
 from lpln_autopatch import low_precision_layernorm, report
-from lpln_autopatch.reporting import Verdict
+from lpln_autopatch.verdicts import Verdict
 
 LIBRARIES = ("transformers", "timm", "accelerate")
 MISSING = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import gc
 import types
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+import wrapt
 from support import needs_dynamo, output_dtype, run_python
 
 import lpln_autopatch
 from lpln_autopatch import LPLayerNorm, low_precision_layernorm, report
-from lpln_autopatch.reporting import Verdict
 from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch.verdicts import Verdict
 
 
 class Inherits(torch.nn.LayerNorm):
@@ -34,6 +38,125 @@ class CallsSuperInAMethod(torch.nn.LayerNorm):
 
 
 class CallsByName(torch.nn.LayerNorm):
+    def forward(self, x):
+        return torch.nn.LayerNorm.forward(self, x)
+
+
+def run_torchs(module, x):
+    return torch.nn.LayerNorm.forward(module, x)
+
+
+class CallsAHelper(torch.nn.LayerNorm):
+    def forward(self, x):
+        return run_torchs(self, x)
+
+
+class CallsAStaticMethod(torch.nn.LayerNorm):
+    def forward(self, x):
+        return self.normalise(self, x)
+
+    normalise = staticmethod(run_torchs)
+
+
+class CallsAProperty(torch.nn.LayerNorm):
+    def forward(self, x):
+        return self.normalise(x)
+
+    @property
+    def normalise(self):
+        return super().forward
+
+
+class CallsADecoratedMethod(torch.nn.LayerNorm):
+    def forward(self, x):
+        return self.normalise(x)
+
+    @torch.no_grad()
+    def normalise(self, x):
+        return super().forward(x)
+
+
+class CallsByGetattr(torch.nn.LayerNorm):
+    def forward(self, x):
+        return getattr(super(), "for" + "ward")(x)
+
+
+class CallsFromATable(torch.nn.LayerNorm):
+    def forward(self, x):
+        return TABLE["torch"](self, x)
+
+
+TABLE = {"torch": run_torchs}
+
+
+class CallsTwoHelpers(torch.nn.LayerNorm):
+    """The second is further away than the report looks."""
+
+    def forward(self, x):
+        return run_helper(self, x)
+
+
+def run_helper(module, x):
+    return run_torchs(module, x)
+
+
+class Imports(torch.nn.LayerNorm):
+    def forward(self, x):
+        from test_reporting import run_torchs as helper
+
+        return helper(self, x)
+
+
+class Delegates(torch.nn.LayerNorm):
+    """Another LayerNorm inside does the work."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.inner = torch.nn.LayerNorm(size)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Computes(torch.nn.LayerNorm):
+    """By itself, with functions of torch and Python, a method, and super() of that."""
+
+    def forward(self, x):
+        return self.centred(x) * self.weight + float(len(self.normalized_shape) - 1)
+
+    def centred(self, x):
+        super().extra_repr()
+        return x - torch.mean(x, dim=-1, keepdim=True)
+
+
+class Negated(torch.autograd.Function):
+    """Stands for the kernel of another library."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return -x
+
+
+class HasAKernel(torch.nn.LayerNorm):
+    def forward(self, x):
+        return Negated.apply(x)
+
+
+class HasACall(torch.nn.LayerNorm):
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+class HasACallImpl(torch.nn.LayerNorm):
+    def _call_impl(self, x):
+        return self.forward(x)
+
+
+class MyNorm(torch.nn.Module):
+    """No LayerNorm, and runs its forward."""
+
+    normalized_shape, weight, bias, eps = (8,), None, None, 1e-5
+
     def forward(self, x):
         return torch.nn.LayerNorm.forward(self, x)
 
@@ -146,6 +269,19 @@ MODULES = {
     "calls super": (lambda: CallsSuper(8), Verdict.MAYBE),
     "calls super in a method": (lambda: CallsSuperInAMethod(8), Verdict.MAYBE),
     "calls by name": (lambda: CallsByName(8), Verdict.MAYBE),
+    "calls a helper": (lambda: CallsAHelper(8), Verdict.MAYBE),
+    "calls a static method": (lambda: CallsAStaticMethod(8), Verdict.MAYBE),
+    "calls a property": (lambda: CallsAProperty(8), Verdict.MAYBE),
+    "calls a decorated method": (lambda: CallsADecoratedMethod(8), Verdict.MAYBE),
+    "calls by getattr": (lambda: CallsByGetattr(8), Verdict.MAYBE),
+    "calls from a table": (lambda: CallsFromATable(8), Verdict.MAYBE),
+    "calls two helpers": (lambda: CallsTwoHelpers(8), Verdict.MAYBE),
+    "imports": (lambda: Imports(8), Verdict.MAYBE),
+    "computes": (lambda: Computes(8), Verdict.OVERRIDES),
+    "has a kernel": (lambda: HasAKernel(8), Verdict.OVERRIDES),
+    "calls, and is none": (MyNorm, Verdict.MAYBE),
+    "has a __call__": (lambda: HasACall(8), Verdict.MAYBE),
+    "has a _call_impl": (lambda: HasACallImpl(8), Verdict.MAYBE),
 }
 
 
@@ -154,6 +290,33 @@ def hook_after_surgery():
     module = under_surgery()
     module.forward = module.forward
     return module
+
+
+def test_norm_inside_a_layernorm_may_be_its_forward():
+    """A subclass that lets another module do the work may be lowered: it is, if that one is."""
+    module = Delegates(8)
+    assert [row.verdict for row in report(module).rows] == [Verdict.MAYBE, Verdict.LOWERED]
+    with low_precision_layernorm("amp"):
+        assert output_dtype(module) is torch.bfloat16
+
+
+def test_forward_taken_from_us_by_a_class_that_is_no_layernorm():
+    """A class called a norm that took LayerNorm.forward while it was ours may be lowered."""
+    with low_precision_layernorm("amp"):
+        taken = type("MyNorm", (MyNorm,), {"forward": torch.nn.LayerNorm.forward})
+        (row,) = report(taken()).rows
+        assert row.verdict is Verdict.MAYBE
+        assert output_dtype(taken()) is torch.bfloat16
+
+
+def test_hook_that_keeps_surgery_beyond_its_reversal():
+    """What a hook took from surgery is LayerNorm.forward once that is reverted."""
+    module = hook_after_surgery()
+    lpln_autopatch.revert_low_precision_layernorm(module)
+    (row,) = report(module).rows
+    assert row.verdict is Verdict.LOWERED
+    with low_precision_layernorm("amp"):
+        assert output_dtype(module) is torch.bfloat16
 
 
 @pytest.mark.filterwarnings("ignore::lpln_autopatch.NoEffectWarning")
@@ -220,6 +383,104 @@ def test_modules_in_a_cycle_are_reported_once():
     assert row.name == "0"
 
 
+@dataclasses.dataclass
+class Unhashable:
+    """Stands for a function, as functools.update_wrapper makes it; equal to others by value."""
+
+    def __call__(self, x):
+        return x
+
+
+class Raises:
+    """Answers no question about its attributes."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"no {name}")
+
+
+class RaisingModule(torch.nn.LayerNorm):
+    def __getattr__(self, name):
+        raise RuntimeError(f"no {name}")
+
+
+def raising_module():
+    module = torch.nn.LayerNorm(8)
+    module.__class__ = RaisingModule
+    return module
+
+
+def wraps_itself(module):
+    def forward(x):
+        return x
+
+    forward.__wrapped__ = forward
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("make", "verdict", "reason"),
+    [
+        (
+            lambda: with_instance_forward(
+                lambda m: functools.update_wrapper(Unhashable(), type(m).forward)
+            ),
+            Verdict.MAYBE,
+            "no Python code",
+        ),
+        (lambda: with_instance_forward(wraps_itself), Verdict.INSTANCE, "in place of"),
+        (lambda: with_instance_forward(lambda m: None), Verdict.MAYBE, "no Python code"),
+        (lambda: with_instance_forward(lambda m: Raises()), Verdict.MAYBE, "RuntimeError: no "),
+        (raising_module, Verdict.LOWERED, ""),
+    ],
+)
+def test_odd_module_does_not_take_the_report_down(make, verdict, reason):
+    """An odd forward has its row, naming the error if there was one; the others have theirs."""
+    odd, after = report(torch.nn.Sequential(make(), torch.nn.LayerNorm(8))).rows
+    assert odd.verdict is verdict
+    assert reason in odd.reason
+    assert after.verdict is Verdict.LOWERED
+
+
+def test_report_keeps_no_model_alive():
+    """What the closure of a forward holds dies with the model."""
+    module = torch.nn.LayerNorm(8)
+    module.forward = (lambda module: lambda x: module.weight * x)(module)
+    report(module)
+    weight = weakref.ref(module.weight)
+    del module
+    gc.collect()
+    assert weight() is None
+
+
+@pytest.mark.parametrize("name", ["EnormousHead", "NormPenaltyLoss", "Normalize", "NormalMLP"])
+def test_word_that_is_no_norm_is_no_row(name):
+    """ "Norm" inside another word, and a loss, name no norm."""
+    assert report(type(name, (torch.nn.Identity,), {})()).rows == ()
+
+
+@pytest.mark.parametrize("name", ["T5LayerNorm", "RmsNorm2d", "Layernorm", "my_norm", "NormAct"])
+def test_word_that_is_a_norm_is_a_row(name):
+    """In CamelCase, with underscores, and the usual names in any case."""
+    (row,) = report(type(name, (torch.nn.Identity,), {})()).rows
+    assert row.verdict is Verdict.OTHER
+
+
+def test_mark_of_a_class_is_no_exemption():
+    """exempt() marks instances, and eager mode looks at those alone; so does the report."""
+    module = type("Marked", (torch.nn.LayerNorm,), {"_lpln_autopatch_exempt": True})(8)
+    assert report(module).rows[0].verdict is Verdict.LOWERED
+    with low_precision_layernorm("amp"):
+        assert output_dtype(module) is torch.bfloat16
+
+
+def test_many_names_are_a_short_column():
+    """A module that is shared widely has three of its names in the table, and how many more."""
+    shared = torch.nn.LayerNorm(8)
+    found = report(torch.nn.Sequential(*[shared] * 2000))
+    assert str(found).splitlines()[1].startswith("0 = 1 = 2 +1997  LayerNorm")
+    assert len(found.rows[0].other_names) == 1999
+
+
 def test_report_prints_as_a_table():
     """A line for each module, then the count, then what is in force."""
     model = torch.nn.ModuleDict({"first": torch.nn.LayerNorm(8), "rms": MyRMSNorm()})
@@ -266,6 +527,39 @@ def test_patcher_that_hides_us_is_reported(layer_norm, monkeypatch):
             assert report(layer_norm).rows[0].verdict is Verdict.MAYBE
             assert output_dtype(layer_norm) is torch.float32
         assert report(layer_norm).rows[0].verdict is Verdict.LOWERED
+
+
+def replaces(ours):
+    return functools.wraps(ours)(lambda self, x: x.float())
+
+
+def casts(ours):
+    def forward(self, x):
+        return ours(self, x).float()
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "above", [replaces, casts, lambda ours: wrapt.FunctionWrapper(ours, cast_what_it_gives)]
+)
+def test_patcher_above_us_is_reported(layer_norm, monkeypatch, above):
+    """A forward above ours may change what ours gives, or never call it: no promise."""
+    with low_precision_layernorm("amp"):
+        with monkeypatch.context() as context:
+            patched = above(vars(torch.nn.LayerNorm)["forward"])
+            context.setattr(torch.nn.LayerNorm, "forward", patched)
+            (row,) = report(layer_norm).rows
+            assert (row.verdict, "above ours" in row.reason) == (Verdict.MAYBE, True)
+            layer_norm.forward = layer_norm.forward
+            assert report(layer_norm).rows[0].verdict is Verdict.MAYBE
+            del layer_norm.forward
+            assert output_dtype(layer_norm) is torch.float32
+        assert report(layer_norm).rows[0].verdict is Verdict.LOWERED
+
+
+def cast_what_it_gives(wrapped, instance, args, kwargs):
+    return wrapped(*args, **kwargs).float()
 
 
 @needs_dynamo
@@ -322,5 +616,7 @@ def test_sharded_and_wrapped_models(tmp_path):
 
 def test_report_refuses_what_is_no_module():
     """report() of a state_dict is a TypeError that says what it takes."""
-    with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, not OrderedDict"):
+    with pytest.raises(
+        TypeError, match=r"takes a torch\.nn\.Module, not <class 'collections\.OrderedDict'>\.$"
+    ):
         report(torch.nn.LayerNorm(8).state_dict())

@@ -131,6 +131,34 @@ def test_second_apply_replaces_the_first(model, precision):
         assert output_dtype(model["inherits"], dtype=FP16) is FP32
 
 
+def hooked_after_surgery() -> nn.LayerNorm:
+    """What accelerate's hook does, reverted since: the instance keeps surgery's forward."""
+    norm = nn.LayerNorm(8)
+    apply_low_precision_layernorm(norm)
+    norm.forward = norm.forward
+    revert_low_precision_layernorm(norm)
+    return norm
+
+
+def test_reverted_module_that_a_hook_holds_is_torchs():
+    """A forward that a hook took from surgery is LayerNorm.forward again after the reversal."""
+    norm = hooked_after_surgery()
+    x = torch.randn(4, 8)
+    assert torch.equal(norm(x), nn.functional.layer_norm(x, (8,)))
+    assert output_dtype(norm) is FP32
+    with low_precision_layernorm():
+        assert output_dtype(norm) is BF16
+
+
+@needs_dynamo
+def test_reverted_module_that_a_hook_holds_compiles():
+    """So it is in compiled code, without a graph break."""
+    compiled = torch.compile(hooked_after_surgery(), fullgraph=True, backend="eager")
+    assert output_dtype(compiled) is FP32
+    with low_precision_layernorm():
+        assert output_dtype(compiled) is BF16
+
+
 def test_precision_that_never_engages_warns_and_undoes(model):
     """fp32 and fp16 warn, as in Composer, and leave the model stock."""
     apply_low_precision_layernorm(model)
@@ -152,7 +180,7 @@ def test_refused_surgery_changes_nothing(model):
         with pytest.raises(ValueError, match="Valid: "):
             apply_low_precision_layernorm(*arguments)
     for function in (apply_low_precision_layernorm, revert_low_precision_layernorm):
-        with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module"):
+        with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, not <class 'str'>\."):
             function("model")
     assert BF16 not in dtypes(model).values()
 
