@@ -242,7 +242,10 @@ def test_variable_chooses_the_backend(third_party):
 )
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("tny", "LPLN_BACKEND='tny' is not a backend"), ("apex", "NVIDIA apex is not installed")],
+    [
+        ("tny", "LPLN_BACKEND='tny' is not a backend"),
+        ("apex", "LPLN_BACKEND='apex': NVIDIA apex is not installed"),
+    ],
 )
 def test_wrong_variable_stops_the_process(name, message):
     """LPLN_BACKEND that is unknown or unusable: one message, no traceback, no run."""

@@ -79,7 +79,10 @@ def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
     if name == "auto":
         name = automatic(precision)
     if name in _BUILT_IN:
-        return name, _BUILT_IN[name]()
+        try:
+            return name, _BUILT_IN[name]()
+        except ImportError as error:
+            raise ImportError(f"{argument}={name!r}: {error}") from error
     for entry_point in entry_points(group=GROUP, name=name):
         where = f"{argument}={name!r}: the backend {entry_point.value}"
         try:

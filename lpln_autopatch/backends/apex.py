@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _BUILD = (
     "Build it from source: git clone https://github.com/NVIDIA/apex, and in that folder "
-    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ."
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ./"
 )
 
 
@@ -31,17 +31,16 @@ def load() -> Backend:
     """
     apex = find_spec("apex")
     if apex is None:
-        raise ImportError(f"backend 'apex': NVIDIA apex is not installed. {_BUILD}")
+        raise ImportError(f"NVIDIA apex is not installed. {_BUILD}")
     # Not by importing it: the other project needs packages of its own.
     if PathFinder.find_spec("apex.normalization", apex.submodule_search_locations) is None:
         raise ImportError(
-            f"backend 'apex': {apex.origin} is not NVIDIA's. The package index has an unrelated "
+            f"{apex.origin} is not NVIDIA's. The package index has an unrelated "
             f"project of the same name: pip uninstall apex. {_BUILD}"
         )
     if find_spec("fused_layer_norm_cuda") is None:
         raise ImportError(
-            "backend 'apex': NVIDIA apex is installed without its CUDA extension "
-            f"(fused_layer_norm_cuda). {_BUILD}"
+            f"NVIDIA apex is installed without its CUDA extension (fused_layer_norm_cuda). {_BUILD}"
         )
     return normalise
 

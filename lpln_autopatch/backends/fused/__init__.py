@@ -40,16 +40,16 @@ def load() -> Backend:
     """
     if TORCH_VERSION < (2, 6):
         raise ImportError(
-            f"backend 'fused' needs torch 2.6 or later, this is {torch.__version__}. "
+            f"it needs torch 2.6 or later, this is {torch.__version__}. "
             "Update it, or name another backend."
         )
     if torch.version.hip is not None:
-        raise ImportError("backend 'fused' is not for ROCm. Name another backend.")
+        raise ImportError("it is not for ROCm. Name another backend.")
     try:
         _launch()
     except ImportError as error:
         raise ImportError(
-            f"backend 'fused': Triton cannot be imported ({error}). It comes with the CUDA builds "
+            f"Triton cannot be imported ({error}). It comes with the CUDA builds "
             "of torch; elsewhere: pip install triton"
         ) from error
     return normalise
