@@ -104,9 +104,12 @@ def report(model: torch.nn.Module) -> Report:
 def _in_force() -> str:
     request = state.current()
     if request is None:
-        return "No precision is active: until one is, only surgery lowers anything."
+        return "No precision is active: until one is, nothing is lowered but by surgery."
     dtypes = " or ".join(str(dtype) for dtype in request.lowering().dtypes)
-    effect = f"under autocast to {dtypes}" if dtypes else "never: only surgery lowers anything"
-    return (
-        f"Active: {request.precision}, backend {request.backend}, from {request.source}; {effect}."
+    effect = (
+        f"lowers under autocast to {dtypes}"
+        if dtypes
+        else "never engages: nothing is lowered but by surgery"
     )
+    active = f"{request.precision}, backend {request.backend}, from {request.source}"
+    return f"Active: {active}. It {effect}."

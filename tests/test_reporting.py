@@ -490,7 +490,7 @@ def test_report_prints_as_a_table():
         "rms    MyRMSNorm  not a LayerNorm  MyRMSNorm does not run LayerNorm.forward",
         "",
         "1 of 2 norm-like modules are covered.",
-        "No precision is active: until one is, only surgery lowers anything.",
+        "No precision is active: until one is, nothing is lowered but by surgery.",
     ]
 
 
@@ -498,16 +498,16 @@ def test_report_prints_as_a_table():
 @pytest.mark.parametrize(
     ("precision", "effect"),
     [
-        ("amp", "under autocast to torch.float16 or torch.bfloat16."),
-        ("bf16", "under autocast to torch.bfloat16."),
-        ("fp32", "never: only surgery lowers anything."),
+        ("amp", "It lowers under autocast to torch.float16 or torch.bfloat16."),
+        ("bf16", "It lowers under autocast to torch.bfloat16."),
+        ("fp32", "It never engages: nothing is lowered but by surgery."),
     ],
 )
 def test_report_says_what_is_in_force(layer_norm, precision, effect):
     """The last line has precision, backend, source, and when that lowers."""
     lpln_autopatch.enable(precision)
     name = lpln_autopatch.status().precision
-    assert report(layer_norm).in_force == f"Active: {name}, backend native, from enable; {effect}"
+    assert report(layer_norm).in_force == f"Active: {name}, backend native, from enable. {effect}"
 
 
 def test_report_neither_runs_nor_patches(layer_norm):
