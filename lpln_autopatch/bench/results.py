@@ -133,11 +133,13 @@ def plot(file: Path, heading: str, suites: Mapping[str, list[Row]]) -> None:
 
 
 def _draw_ratios(axes: Any, rows: Sequence[Row]) -> None:
+    constant, labels = _what_differs(rows)
     titles = list(dict.fromkeys(row.title for row in rows))
     contenders = list(dict.fromkeys(row.contender for row in rows if OVER_STOCK in row.figures))
     for index, contender in enumerate(contenders):
+        aside = 0.7 * ((index + 0.5) / len(contenders) - 0.5)
         points = [
-            (titles.index(row.title) + 0.6 * (index / len(contenders) - 0.5), ratio)
+            (titles.index(row.title) + aside, ratio)
             for row in rows
             if row.contender == contender
             and isinstance(ratio := row.figures.get(OVER_STOCK), Quartiles)
@@ -146,15 +148,32 @@ def _draw_ratios(axes: Any, rows: Sequence[Row]) -> None:
         around = [[r.median - r.low for _, r in points], [r.high - r.median for _, r in points]]
         axes.errorbar(medians, [y for y, _ in points], xerr=around, fmt="o", ms=4, label=contender)
     axes.axvline(1, color="grey", linewidth=1)
-    axes.set_yticks(range(len(titles)), titles, fontsize="small")
+    axes.hlines([i + 0.5 for i in range(len(titles) - 1)], 0, 1, "lightgrey", lw=0.7,
+                transform=axes.get_yaxis_transform())  # fmt: skip
+    axes.set_yticks(range(len(titles)), [labels[title] for title in titles], fontsize="small")
     axes.invert_yaxis()
-    axes.set_xlabel("time / stock's")
+    axes.set_xlabel(f"time / stock's: left is faster{constant and f' ({constant})'}")
+
+
+def _what_differs(rows: Sequence[Row]) -> tuple[str, dict[str, str]]:
+    """What all cases share, in a line, and for each title what it alone has."""
+    aspects = rows[0].case
+    shared = {a for a in aspects if len({row.case.get(a) for row in rows}) == 1}
+    constant = ", ".join(f"{a} {aspects[a]}" for a in aspects if a in shared)
+    return constant, {
+        row.title: ", ".join(f"{a} {value}" for a, value in row.case.items() if a not in shared)
+        or row.title
+        for row in rows
+    }
 
 
 def _draw_curves(axes: Any, rows: Sequence[Row]) -> None:
+    # Wide and light beneath, narrow above: where the two agree, both are seen.
+    styles = ({"linewidth": 3, "alpha": 0.35}, {"linewidth": 0.8})
     for color, row in enumerate(row for row in rows if row.curves):
         for index, curve in enumerate(row.curves):
             label = f"{row.contender}, {row.title}" if index == 0 else None
-            axes.plot(curve, color=f"C{color}", linewidth=0.7, alpha=0.7, label=label)
+            axes.plot(curve, color=f"C{color}", label=label, **styles[color % 2])
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss")
+    axes.set_ylabel("loss: a line for each seed")
