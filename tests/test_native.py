@@ -90,6 +90,18 @@ def test_gradients_keep_their_dtypes(device, dtype):
         assert [g.dtype for g in gradients] == [input_dtype, FP32, FP32]
 
 
+@needs_dispatch_mode
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_inference_tensor_in_low_precision_can_be_trained_on(device):
+    """Autograd cannot save an inference tensor; its float32 copy, as stock makes one, it can."""
+    with torch.inference_mode():
+        x = torch.randn(4, 8, device=device, dtype=BF16)
+    _, shape, weight, bias, eps = arguments(device, BF16)
+    y = native.normalise(x, shape, weight, bias, eps, BF16)
+    gradients = torch.autograd.grad(y.sum(), [weight, bias])
+    assert [g.dtype for g in gradients] == [FP32, FP32]
+
+
 @pytest.mark.skipif(TORCH_VERSION < (2, 2), reason="the recipe's CPU kernels are in torch >= 2.2")
 @pytest.mark.parametrize("dtype", AUTOCAST_DTYPES)
 @pytest.mark.parametrize("input_dtype", [FP32, BF16, FP16])
