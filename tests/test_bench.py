@@ -15,10 +15,11 @@ from support import autocast, output_dtype, run_python
 
 from lpln_autopatch.bench import kernel, rivals, suites, timing
 from lpln_autopatch.bench.layer import Case, Layer
+from lpln_autopatch.bench.model import Training
 from lpln_autopatch.bench.options import Options
 from lpln_autopatch.bench.results import Row, table
-from lpln_autopatch.bench.rivals import ComposerRecipe, Contender
-from lpln_autopatch.bench.timing import Entry, Quartiles
+from lpln_autopatch.bench.rivals import ComposerRecipe, Contender, Stock
+from lpln_autopatch.bench.timing import Entry, Quartiles, WrongResult
 from lpln_autopatch.torch_compat import CPU_TAKES_MIXED_DTYPES, TORCH_VERSION
 
 CPU = torch.device("cpu")
@@ -171,6 +172,17 @@ def test_model_compiles(tmp_path):
     _, written = bench(tmp_path, "model", "--modes", "compiled", "--models", "vit")
     assert contenders(written["model"]) == [["stock", OURS[0], "Composer's recipe"]]
     assert not [row["reason"] for row in written["model"] if row["reason"]]
+    gives = [row["figures"]["gives"] for row in written["model"] if row["reason"] is None]
+    assert gives == ["float32", "bfloat16", "bfloat16"]
+
+
+@needs_extra
+def test_compiled_model_that_runs_stock_is_not_timed():
+    """The check looks at what compiled LayerNorms give: values alone would let stock pass."""
+    training = Training("vit", "compiled", torch.bfloat16, Options(CPU, quick=True))
+    stock = Contender("lowered, but stock", lambda: Stock, backend="native", compiled=True)
+    with pytest.raises(WrongResult, match="it should give bfloat16 and gives float32"):
+        training.check(training.exact(), stock)
 
 
 @needs_extra
