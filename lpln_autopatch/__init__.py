@@ -33,10 +33,10 @@ if TYPE_CHECKING:
         enable,
         exempt,
         low_precision_layernorm,
-        status,
     )
     from lpln_autopatch.precision import NoEffectWarning, Precision
     from lpln_autopatch.reporting import report
+    from lpln_autopatch.in_force import status
     from lpln_autopatch.surgery import (
         LPLayerNorm,
         apply_low_precision_layernorm,
@@ -50,7 +50,7 @@ _HOME = {
     "enable": "activation",
     "exempt": "activation",
     "low_precision_layernorm": "activation",
-    "status": "activation",
+    "status": "in_force",
     "report": "reporting",
     "LPLayerNorm": "surgery",
     "apply_low_precision_layernorm": "surgery",

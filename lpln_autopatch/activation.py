@@ -1,15 +1,12 @@
-"""The verbs: enable, disable, low_precision_layernorm, exempt, status."""
+"""The verbs: enable, disable, low_precision_layernorm, exempt."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import logging
-import os
-import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lpln_autopatch import state
@@ -24,31 +21,54 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _M = TypeVar("_M", bound="torch.nn.Module")
 
 
-def enable(precision: str | Precision | torch.dtype = "amp", backend: str = "auto") -> None:
+def enable(
+    precision: str | Precision | torch.dtype = "amp",
+    backend: str = "auto",
+    norms: str | Iterable[str] | None = None,
+) -> Enabled:
     """Lower every LayerNorm call of the process from now on, until `disable`.
 
-    Calling it again replaces precision and backend. An open `low_precision_layernorm` block
-    goes before it. Modules that exist already are lowered too, and so is code that
-    `torch.compile` compiled before. A class with a `forward` of its own is left alone.
+    That is every call of `torch.nn.functional.layer_norm`, by `torch.nn.LayerNorm` or anything
+    else. Calling `enable` again replaces what it said before. An open `low_precision_layernorm`
+    block goes before it. Modules that exist already are lowered too, and so is code that
+    `torch.compile` compiled before.
 
     Args:
         precision: When to lower: "amp" (whatever autocast runs in), "amp_fp16" or
             torch.float16, "amp_bf16", "bf16" or torch.bfloat16. Composer's "fp32", "fp16" and
             "amp_fp8" are accepted and never lower, with a `NoEffectWarning`.
         backend: What normalises: "native", "fused", "apex", the name of a backend that another
-            package brings, or "auto": what LPLN_BACKEND says, or else native.
+            package brings, or "auto": what LPLN_BACKEND says, or else native. LayerNorm's alone:
+            the other norms are native's.
+        norms: What is lowered: "layer_norm", "group_norm", "rms_norm" (from torch 2.4 on), several
+            of them in a list or separated by commas, or "all". By default what LPLN_NORMS says, or
+            else "layer_norm".
+
+    Returns:
+        What a `with` statement can take: `disable` is called at its end. It is enabled already.
 
     Raises:
-        ValueError: precision or backend is not a valid name; nothing has changed.
+        ValueError: precision, backend or norms is not a valid name; nothing has changed.
         ImportError: the backend cannot be used here; nothing has changed.
     """
-    enable_from(precision, backend, "enable", "precision")
+    enable_from(precision, backend, norms, "enable", "precision")
+    return Enabled()
+
+
+class Enabled:
+    """What `enable` returns: a context manager that calls `disable` at its end."""
+
+    def __enter__(self) -> Enabled:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        disable()
 
 
 def disable() -> None:
-    """Undo `enable` and LPLN_PRECISION, and take the wrapper off `LayerNorm.forward`.
+    """Undo `enable` and LPLN_PRECISION, and take the wrappers off what they wrap.
 
-    An open `low_precision_layernorm` block stays in force; the wrapper then goes when the last
+    An open `low_precision_layernorm` block stays in force; the wrappers then go when the last
     block closes. A wrapper that somebody else put on top of ours is never removed: ours stays
     beneath it, inert, and a warning says so. Does nothing if there is nothing to undo.
     """
@@ -64,23 +84,27 @@ class low_precision_layernorm(contextlib.ContextDecorator):
     Args:
         precision: As for `enable`.
         backend: As for `enable`.
+        norms: As for `enable`.
 
     Raises:
-        ValueError: precision or backend is not a valid name.
+        ValueError: precision, backend or norms is not a valid name.
         ImportError: the backend cannot be used here.
         TypeError: what it decorates is a generator or coroutine function: its body would run
             after the block had closed. Or it is used as a decorator without parentheses.
     """
 
     def __init__(
-        self, precision: str | Precision | torch.dtype = "amp", backend: str = "auto"
+        self,
+        precision: str | Precision | torch.dtype = "amp",
+        backend: str = "auto",
+        norms: str | Iterable[str] | None = None,
     ) -> None:
         if inspect.isroutine(precision):
             raise TypeError(
                 f"low_precision_layernorm got {precision!r} as its precision. "
                 "As a decorator it needs parentheses: @low_precision_layernorm()."
             )
-        self._request = Request.parse(precision, backend, "block", "precision")
+        self._request = Request.parse(precision, backend, norms, "block", "precision")
         # Threads that share one instance must each leave what they entered.
         self._entered: list[tuple[int, object]] = []
 
@@ -98,7 +122,8 @@ class low_precision_layernorm(contextlib.ContextDecorator):
             outer = state.current()
             if outer is None or not outer.precision.ever_engages:
                 self._request.warn_never_engages(stacklevel=2)
-        token = state.enter(self._request, keep_wrapper=True)
+        token = object()
+        state.enter(self._request, token)
         self._entered.append((threading.get_ident(), token))
 
     def __exit__(self, *exc_info: object) -> None:
@@ -113,11 +138,15 @@ class low_precision_layernorm(contextlib.ContextDecorator):
 def exempt(module: _M, exempt: bool = True) -> _M:
     """Keep `module`, and every module that is inside it now, as PyTorch has it.
 
-    For the final norm of a model that spikes. The mark survives deepcopy and pickling, is no
-    part of the state_dict, and compiled code follows it.
+    For the final norm of a model that spikes. It covers whatever the forward of the module calls,
+    `torch.nn.functional.layer_norm` included. The mark survives deepcopy and pickling, is no part
+    of the state_dict, and compiled code follows it.
+
+    Where the forward is not that of `torch.nn.LayerNorm`, it is done by forward hooks (from torch
+    2.0 on): TorchScript does not compile those; take the mark off before `torch.jit.script`.
 
     Args:
-        module: A LayerNorm, or any module that contains some.
+        module: A norm, or any module that contains some.
         exempt: False takes the marks off again.
 
     Returns:
@@ -128,88 +157,31 @@ def exempt(module: _M, exempt: bool = True) -> _M:
     """
     import torch
 
-    from lpln_autopatch.forward import EXEMPT
-    from lpln_autopatch.torch_compat import drop_code_that_cannot_follow
+    from lpln_autopatch import exemption
 
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"exempt() takes a torch.nn.Module, not {type(module)}.")
-    for submodule in module.modules():
-        if exempt:
-            setattr(submodule, EXEMPT, True)
-        elif EXEMPT in vars(submodule):
-            delattr(submodule, EXEMPT)
-    drop_code_that_cannot_follow()
+    exemption.mark(module, exempt)
     return module
 
 
-@dataclasses.dataclass(frozen=True)
-class Status:
-    """What is in force, and where it came from. Prints as a table.
-
-    Attributes:
-        precision: The precision in force, or None.
-        backend: What normalises, or None.
-        source: "environment", "enable" or "block", or None.
-        installed: Whether our wrapper is on `torch.nn.LayerNorm.forward`, active or inert.
-        environment: LPLN_PRECISION as it is set now, or None. With a precision here and none in
-            force, no route has read it: see docs/activation.md.
-        versions: Of lpln_autopatch, torch, wrapt and python.
-    """
-
-    precision: Precision | None
-    backend: str | None
-    source: str | None
-    installed: bool
-    environment: str | None
-    versions: dict[str, str]
-
-    def __str__(self) -> str:
-        rows = {**vars(self), "versions": ", ".join(f"{k} {v}" for k, v in self.versions.items())}
-        return "\n".join(f"{name:12} {value}" for name, value in rows.items())
-
-
-def status() -> Status:
-    """What is in force now, where it came from, and whether the wrapper is installed.
-
-    Returns:
-        A snapshot, which prints as a table.
-    """
-    import torch  # first, for the reason that Request.parse gives
-    from importlib_metadata import version
-
-    from lpln_autopatch import __version__, patch
-
-    request = state.current()
-    return Status(
-        precision=request.precision if request else None,
-        backend=request.backend if request else None,
-        source=request.source if request else None,
-        installed=patch.is_installed(),
-        environment=os.environ.get("LPLN_PRECISION"),
-        versions={
-            "lpln_autopatch": __version__,
-            "torch": str(torch.__version__),
-            "wrapt": version("wrapt"),
-            "python": platform.python_version(),
-        },
-    )
-
-
-def enable_from(precision: object, backend: str, source: str, argument: str) -> None:
+def enable_from(precision: object, backend: str, norms: object, source: str, argument: str) -> None:
     """`enable`, on behalf of `source`.
 
     Args:
         precision: As for `enable`.
         backend: As for `enable`.
+        norms: As for `enable`.
         source: "environment" or "enable", for `status`.
         argument: What `precision` came from, for the error: an argument or a variable.
     """
-    request = Request.parse(precision, backend, source, argument)
+    request = Request.parse(precision, backend, norms, source, argument)
     if not request.precision.ever_engages:
         request.warn_never_engages(stacklevel=3)
     state.set_base(request)
     _logger.info(
-        "LayerNorm: precision %s, backend %s, from %s",
+        "%s: precision %s, backend %s, from %s",
+        ", ".join(request.norms),
         request.precision,
         request.backend,
         request.source,

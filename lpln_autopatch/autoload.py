@@ -28,9 +28,9 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
         route: Who calls, if neither torch nor autowrapt.
 
     Raises:
-        SystemExit: LPLN_PRECISION or LPLN_BACKEND is not valid, or something that is needed does
-            not import or fails. Not the error itself, which torch would bury in advice of its own,
-            and which an `except Exception` around an import would hide.
+        SystemExit: LPLN_PRECISION, LPLN_BACKEND or LPLN_NORMS is not valid, or something that is
+            needed does not import or fails. Not the error itself, which torch would bury in advice
+            of its own, and which an `except Exception` around an import would hide.
         ValueError, ImportError: The same in a thread, where Python ignores SystemExit.
     """
     global acted
@@ -53,7 +53,7 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
     try:
         from lpln_autopatch.activation import enable_from
 
-        enable_from(os.environ[_VARIABLE], "auto", "environment", _VARIABLE)
+        enable_from(os.environ[_VARIABLE], "auto", None, "environment", _VARIABLE)
     except Exception as error:
         reason = (str(error) or repr(error)).rstrip(".")
         message = f"{reason}. Unset {_VARIABLE} to leave LayerNorm as PyTorch has it."

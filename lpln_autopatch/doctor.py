@@ -124,7 +124,7 @@ def _look(common: Diagnosis) -> Diagnosis:
     """`common`, with everything that takes torch."""
     import torch  # noqa: F401
 
-    from lpln_autopatch import backends, patch, state, torch_compat
+    from lpln_autopatch import backends, state, torch_compat
 
     request, routes = state.current(), _routes()
     return dataclasses.replace(
@@ -132,7 +132,7 @@ def _look(common: Diagnosis) -> Diagnosis:
         precision=str(request.precision) if request else None,
         backend=request.backend if request else None,
         source=request.source if request else None,
-        installed=patch.is_installed(),
+        installed=state.is_installed(),
         acted=autoload.acted,
         routes=routes,
         backends={name: _backend(name) for name in ("auto", *backends.names())},
@@ -232,7 +232,7 @@ def _why_stock(request: Request) -> str | None:
 
     from lpln_autopatch.torch_compat import autocast_dtype
 
-    dtype = request.lowering().dtypes[-1]
+    dtype = request.lowering.dtypes[-1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.autocast("cpu", dtype=dtype):

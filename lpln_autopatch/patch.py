@@ -1,35 +1,35 @@
-"""What is patched, and how it is put on and taken off. The only file that patches anything."""
+"""How a function of torch is wrapped and given back, and which ones are. All patching is here."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import torch.nn.functional as F
 import torch.utils.checkpoint
 import wrapt
 
-from lpln_autopatch import state
-from lpln_autopatch.forward import lowering_forward
+from lpln_autopatch.checkpointing import Block, captures_function, recomputes_function
+from lpln_autopatch.norms import TARGETS
 from lpln_autopatch.torch_compat import (
     CHECKPOINT_ENTRIES,
     CHECKPOINT_RECOMPUTATIONS,
-    drop_compiled_code,
-    watch_compilations,
+    trace_through,
 )
 
 
 @dataclasses.dataclass
-class _Patch:
-    """A function that is wrapped while a precision is, or may soon be, active.
+class Patch:
+    """A function of torch that is wrapped while a precision is, or may soon be, active.
 
     Attributes:
         module: Where its path begins.
         path: Its name there, dotted.
         factory: Makes the wrapper from the function.
+        is_torchs_own: Whether a function is torch's, which hides no wrapper.
         wrappers: Those of ours that are on. More than one only if another patcher hid ours.
         bottom: What was beneath everything when the first of them was put on.
     """
@@ -37,6 +37,7 @@ class _Patch:
     module: ModuleType
     path: str
     factory: Callable[[Any], Any]
+    is_torchs_own: Callable[[Any], bool] = lambda function: False
     wrappers: list[Any] = dataclasses.field(default_factory=list)
     bottom: Any = None
 
@@ -79,11 +80,11 @@ class _Patch:
     def _forget_what_is_gone(self) -> None:
         """Forget the wrappers that somebody removed by putting back what was there before us.
 
-        That is so if what was at the bottom is in sight and the wrapper is not. If neither is,
-        somebody's closure hides both.
+        That is so if torch's own function, or what was at the bottom, is in sight and the wrapper
+        is not. If none is, somebody's closure hides them.
         """
         chain = self._chain()
-        if _is_in(chain, self.bottom):
+        if _is_in(chain, self.bottom) or self.is_torchs_own(chain[-1]):
             self.wrappers = [wrapper for wrapper in self.wrappers if _is_in(chain, wrapper)]
 
 
@@ -92,75 +93,58 @@ def _is_in(chain: list[Any], wanted: Any) -> bool:
     return any(link is wanted for link in chain)
 
 
-def _captures_function(position: int) -> Callable[[Any], Any]:
-    """A wrapper that binds the function at `position`, run again in backward, to now."""
+class Patches:
+    """Everything that the package patches.
 
-    def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        function = state.Carried(args[position], state.current())
-        return wrapped(*args[:position], function, *args[position + 1 :], **kwargs)
+    Args:
+        capture: Captures what is in force, for a recomputation.
+        stock: Opens a block in which nothing is in force.
+    """
 
-    return lambda original: wrapt.FunctionWrapper(original, wrapper)
+    def __init__(self, capture: Callable[[], Block], stock: Block) -> None:
+        module = torch.utils.checkpoint
+        self._norms = [
+            (target.norm, Patch(target.module, target.path, target.wrap, target.is_torchs_own))
+            for target in TARGETS
+        ]
+        self._checkpointing = [
+            *(
+                Patch(module, path, captures_function(position, capture))
+                for path, position in CHECKPOINT_ENTRIES.items()
+            ),
+            *(
+                Patch(module, path, recomputes_function(attribute, stock))
+                for path, attribute in CHECKPOINT_RECOMPUTATIONS.items()
+            ),
+        ]
+        self._dynamo_knows = False
 
+    def prepare(self) -> None:
+        """What has to be done before `install`, and under no lock: Dynamo is told."""
+        if not self._dynamo_knows:
+            trace_through({t.full_name: t.wrapper for t in TARGETS if t.module is F})
+            self._dynamo_knows = True
 
-def _recomputes_function(attribute: str) -> Callable[[Any], Any]:
-    """A wrapper for what runs `attribute` again, whose forward may have been before our time."""
+    def install(self, norms: Sequence[str]) -> None:
+        """Put the wrappers of `norms` on, where they are not. If one cannot be, no new one is."""
+        wanted = [patch for norm, patch in self._norms if norm in norms]
+        new: list[Patch] = []
+        try:
+            for patch in (*self._checkpointing, *wanted):
+                if patch.install():
+                    new.append(patch)
+        except BaseException:
+            for patch in new:
+                patch.remove()
+            raise
 
-    def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        holder = args[0] if instance is None else instance
-        function = getattr(holder, attribute)
-        if not isinstance(function, state.Carried):
-            setattr(holder, attribute, state.Carried(function, None))
-        return wrapped(*args, **kwargs)
+    def remove(self) -> list[str]:
+        """Take every wrapper off that is on, and say which somebody else has wrapped."""
+        everything = [*(patch for _, patch in self._norms), *self._checkpointing]
+        return [message for patch in everything if (message := patch.remove()) is not None]
 
-    return lambda original: wrapt.FunctionWrapper(original, wrapper)
-
-
-# The module that defines LayerNorm: `torch.nn.LayerNorm` may be another class by now, and the
-# instances made before that still run this one's forward.
-_LAYER_NORM = _Patch(torch.nn.modules.normalization, "LayerNorm.forward", lowering_forward)
-
-_CHECKPOINT = [
-    *(
-        _Patch(torch.utils.checkpoint, path, _captures_function(position))
-        for path, position in CHECKPOINT_ENTRIES.items()
-    ),
-    *(
-        _Patch(torch.utils.checkpoint, path, _recomputes_function(attribute))
-        for path, attribute in CHECKPOINT_RECOMPUTATIONS.items()
-    ),
-]
-
-
-# Asks whether anything may have been compiled since the wrapper was taken off.
-_compiled_without: Callable[[], bool] | None = None
-
-
-def install() -> None:
-    """Put every wrapper on that is not on. If one cannot be put on, none is."""
-    try:
-        for patch in _CHECKPOINT:
-            patch.install()
-        # What was compiled without the wrapper does not look whether it is there. (What was
-        # compiled with it does: then nothing is dropped, least of all in a recomputation.)
-        if _LAYER_NORM.install() and (_compiled_without is None or _compiled_without()):
-            drop_compiled_code()
-    except BaseException:
-        remove()
-        raise
-
-
-def remove(warn: bool = True) -> None:
-    """Take every wrapper off that is on, and warn of those that somebody else has wrapped."""
-    global _compiled_without
-    was_on = _LAYER_NORM.is_on()
-    left = [patch.remove() for patch in (_LAYER_NORM, *_CHECKPOINT)]
-    if was_on and not _LAYER_NORM.is_on():
-        _compiled_without = watch_compilations()
-    # Last of all, for those who make errors of warnings.
-    for message in filter(None, left if warn else ()):
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-def is_installed() -> bool:
-    """Whether our wrapper is on `LayerNorm.forward`, active or inert."""
-    return _LAYER_NORM.is_on()
+    def are_on(self) -> bool:
+        """Whether every wrapper of one norm at least is on."""
+        on = {norm for norm, patch in self._norms if patch.is_on()}
+        off = {norm for norm, patch in self._norms if not patch.is_on()}
+        return bool(on - off)

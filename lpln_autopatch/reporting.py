@@ -105,7 +105,7 @@ def _in_force() -> str:
     request = state.current()
     if request is None:
         return "No precision is active: until one is, nothing is lowered but by surgery."
-    dtypes = " or ".join(str(dtype) for dtype in request.lowering().dtypes)
+    dtypes = " or ".join(str(dtype) for dtype in request.lowering.dtypes)
     effect = (
         f"lowers under autocast to {dtypes}"
         if dtypes

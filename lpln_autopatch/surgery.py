@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 
-# TorchScript resolves the names in LayerNorm.forward's source here; see forward.py.
-import torch.nn.functional as F
+# TorchScript resolves the names in LayerNorm.forward's source here; see norms.py.
+import torch.nn.functional as F  # noqa: F401
 from torch import Tensor
 
-from lpln_autopatch.forward import lowered_dtype, run_lowered
+from lpln_autopatch.exemption import MARK
+from lpln_autopatch.forward import decide, run_backend
 from lpln_autopatch.precision import NoEffectWarning, Precision
 from lpln_autopatch.state import Request
 
@@ -51,18 +52,21 @@ class LPLayerNorm(torch.nn.LayerNorm):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._lowering = _parse(precision, backend).lowering()
+        self._lowering = _parse(precision, backend).lowering
 
     def forward(self, input: Tensor) -> Tensor:
         lowering = getattr(self, "_lowering", None)
         if lowering is None:
             # Reverted, but a hook kept this forward: no LPLayerNorm any more, so no super() either.
             return torch.nn.LayerNorm.forward(self, input)
-        dtype = lowered_dtype(lowering, self, input)
-        if dtype is None:
-            # Not super().forward: the global patch has no say in a module of its own precision.
-            return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-        return run_lowered(lowering, self, input, dtype)
+        dtype: torch.dtype | str = "exempt"
+        if MARK not in self.__dict__:
+            dtype = decide(lowering, "layer_norm", input, self.weight)
+        arguments = (input, self.normalized_shape, self.weight, self.bias, self.eps)
+        if isinstance(dtype, str):
+            # The operator: what is active has no say in a module of its own precision.
+            return torch.layer_norm(*arguments)
+        return run_backend(lowering, *arguments, dtype)
 
     # TorchScript compiles the source of what this stands for.
     forward.__wrapped__ = inspect.unwrap(torch.nn.LayerNorm.forward)  # type: ignore[attr-defined]
@@ -118,7 +122,7 @@ def apply_low_precision_layernorm(
         if _runs_torchs_forward(module):
             module.__class__ = _low_precision_class(type(module))
         if isinstance(module, LPLayerNorm):
-            module._lowering = request.lowering()
+            module._lowering = request.lowering
             changed[name] = module
     if not changed:
         warnings.warn(
@@ -154,7 +158,7 @@ def revert_low_precision_layernorm(model: torch.nn.Module) -> dict[str, torch.nn
 
 
 def _parse(precision: object, backend: str) -> Request:
-    request = Request.parse(precision, backend, "surgery", "precision")
+    request = Request.parse(precision, backend, "layer_norm", "surgery", "precision")
     if not request.precision.ever_engages:
         request.warn_never_engages(stacklevel=3)
     return request

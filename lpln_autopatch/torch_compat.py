@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
+import wrapt
 
 TORCH_VERSION = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 
@@ -68,6 +71,11 @@ def something_intercepts_operators() -> bool:
     return bool(torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
+# until torch 2.0: a module's forward hook does not run if the forward raises.
+HOOKS_RUN_ALWAYS = TORCH_VERSION >= (2, 0)
+
+HAS_RMS_NORM = TORCH_VERSION >= (2, 4)
+
 # until torch 2.2: stock LayerNorm on CPU refuses a low-precision x with float32 parameters.
 CPU_TAKES_MIXED_DTYPES = TORCH_VERSION >= (2, 2)
 
@@ -77,10 +85,14 @@ CUDA_NORMALISES_BFLOAT16 = TORCH_VERSION >= (1, 13)
 
 if TORCH_VERSION >= (2, 1):
     is_dynamo_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
+    is_compiling: Callable[[], bool] = torch.compiler.is_compiling
+    """Also true where torch.export traces without Dynamo, as it does by default."""
 else:  # until torch 2.1: Dynamo had no public flag, and inlined no module of torch's own
 
     def is_dynamo_compiling() -> bool:
         return False
+
+    is_compiling = is_dynamo_compiling
 
 
 def run_while_compiling(function: _F) -> _F:
@@ -111,16 +123,52 @@ def never_a_frame_of_its_own(function: _F, nor_what_it_calls: bool = False) -> _
     return function
 
 
-def traced_like_torch_nn(function: _F) -> _F:
+def traced_like_torchs_own(function: _F, module: types.ModuleType) -> _F:
     """The same for a function that may be what is compiled: `torch.compile(nn.LayerNorm(8))`.
 
     torch.compile adds a frame above a module whose forward Dynamo would skip, and it judges that
-    by the file's name. Tracebacks show both files.
+    by the file's name, here made one of torch's `module`. Tracebacks show both files.
     """
-    torchs_file = torch.nn.modules.normalization.__file__
     code = function.__code__
-    function.__code__ = code.replace(co_filename=f"{torchs_file} <- {code.co_filename}")
+    function.__code__ = code.replace(co_filename=f"{module.__file__} <- {code.co_filename}")
     return function
+
+
+def trace_through(wrappers: Mapping[str, Callable[..., Any]]) -> None:
+    """Have Dynamo trace `wrappers`, by the full name of the function that each takes the place of.
+
+    It has a table of functions that it puts into a graph untraced, and looks each up by its name:
+    a wrapper that is found there would run, or not, as it is when the graph is compiled, and a
+    graph calls by name. torch.distributed has the table made anew.
+
+    What it traces in their place has no defaults: it would look for those of a wrapper on a
+    `wrapt.FunctionWrapper` that somebody has put above it, and fail.
+    """
+    if TORCH_VERSION < (2, 5):  # until torch 2.5: compiled code is dropped at every change
+        return
+
+    def tell(dynamo: Any) -> None:
+        for rules in dynamo.trace_rules.torch_name_rule_map:
+            for name in wrappers:
+                rules.pop(name, None)
+        dynamo.trace_rules.get_torch_obj_rule_map.cache_clear()
+        for wrapper in wrappers.values():
+            torch.compiler.substitute_in_graph(wrapper)(_without_defaults(wrapper))
+
+    if "torch._dynamo" in sys.modules:
+        tell(importlib.import_module("torch._dynamo"))  # waits for a thread that is importing it
+    else:
+        wrapt.register_post_import_hook(tell, "torch._dynamo")
+
+
+def _without_defaults(function: Callable[..., Any]) -> Callable[..., Any]:
+    code, defaults = function.__code__, function.__defaults__
+    copy = types.FunctionType(code, function.__globals__, function.__name__, defaults)
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        return copy(*args, **kwargs)
+
+    return traced
 
 
 def loads_entry_points() -> bool | None:
@@ -141,50 +189,14 @@ def devices() -> list[str]:
     return [*found, "mps"] if torch.backends.mps.is_available() else found
 
 
-def watch_compilations() -> Callable[[], bool]:
-    """A function to call once, that says whether Dynamo may have compiled anything by then."""
-    dynamo = sys.modules.get("torch._dynamo.callback")
-    if dynamo is None:
-        return lambda: True
-    callbacks, compiled = dynamo.callback_handler.start_callbacks, []
-
-    def start(*args: object) -> None:
-        compiled.append(True)
-
-    callbacks.append(start)
-
-    def may_have_compiled() -> bool:
-        if start not in callbacks:  # torch._dynamo.reset() removes it, and we know nothing
-            return True
-        callbacks.remove(start)
-        return bool(compiled)
-
-    return may_have_compiled
-
-
-def drop_compiled_code() -> None:
-    """Make every compiled function compile again at its next call.
-
-    Dynamo does not guard on `LayerNorm.forward`: what it compiled before the method was
-    patched would go on running the old one.
-    """
-    if "torch._dynamo" not in sys.modules:
-        return
-    # Of torch.compiler.reset() only this: the rest is refused inside compiled autograd, where a
-    # recomputation may need the patch back, and forgets what others have registered.
-    if hasattr(torch._dynamo, "reset_code_caches"):
-        torch._dynamo.reset_code_caches()
-    else:  # until torch 2.4
-        torch._dynamo.reset()
-
-
-def drop_code_that_cannot_follow() -> None:
-    """Drop compiled code where it does not guard on what `LayerNorm.forward` reads.
+def drop_compiled_code_that_cannot_follow() -> None:
+    """Drop compiled code where it does not guard on what the wrappers read.
 
     until torch 2.5: Dynamo puts a call of torch's own modules into the graph without tracing it.
     """
-    if TORCH_VERSION < (2, 5):
-        drop_compiled_code()
+    if TORCH_VERSION < (2, 5) and "torch._dynamo" in sys.modules:
+        # Not the whole reset, which forgets what others have registered. until torch 2.4: only it
+        getattr(torch._dynamo, "reset_code_caches", torch._dynamo.reset)()
 
 
 # Of `torch.utils.checkpoint`: the lowest points that every route to a recomputation passes,

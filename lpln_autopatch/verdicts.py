@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.modules.normalization import LayerNorm
 
-from lpln_autopatch import forward, inspection
+from lpln_autopatch import exemption, forward, inspection
 from lpln_autopatch.surgery import LPLayerNorm
 
 
@@ -115,7 +115,7 @@ def _judge_layer_norm(module: torch.nn.Module) -> _Judgement:
     judgement = _judge_forward(module)
     if not judgement[0].covered and judgement[0] is not Verdict.MAYBE:
         return judgement
-    if forward.EXEMPT in vars(module):
+    if exemption.MARK in vars(module):
         return Verdict.EXEMPT, "marked by exempt()"
     if any(p is not None and p.dtype is torch.float64 for p in module._parameters.values()):
         return Verdict.STOCK, "float64 parameters: autocast never touches float64"

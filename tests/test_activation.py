@@ -169,10 +169,11 @@ def test_refused_request_changes_nothing(layer_norm, ask, arguments):
 
 def test_failing_installation_changes_nothing(layer_norm, monkeypatch):
     """If the patch cannot be put on, the request is forgotten and nothing stays patched."""
-    from lpln_autopatch import patch
+    from lpln_autopatch import patch, state
 
-    broken = patch._Patch(torch.utils.checkpoint, "no_such_function", lambda original: original)
-    monkeypatch.setattr(patch, "_CHECKPOINT", [*patch._CHECKPOINT, broken])
+    broken = patch.Patch(torch.utils.checkpoint, "no_such_function", lambda original: original)
+    patches = state._patches()
+    monkeypatch.setattr(patches, "_checkpointing", [*patches._checkpointing, broken])
     before = dict(vars(torch.utils.checkpoint.CheckpointFunction))
     for ask in (lpln.enable, low_precision_layernorm().__enter__):
         with pytest.raises(AttributeError):

@@ -154,9 +154,9 @@ def test_old_torch_computes_bfloat16_in_float32(monkeypatch):
     """Native on an accelerator without a bfloat16 kernel: in float32, rounded once."""
     monkeypatch.setattr(native, "CUDA_NORMALISES_BFLOAT16", False)
     called: list[str] = []
-    real = native.normalise_in_float32
+    real = native._lower_in_float32
     monkeypatch.setattr(
-        native, "normalise_in_float32", lambda *args: called.append("float32") or real(*args)
+        native, "_lower_in_float32", lambda *args: called.append("float32") or real(*args)
     )
     x = torch.randn(4, 8, device="meta")
     assert native.normalise(x, (8,), None, None, 1e-5, BF16).dtype is BF16

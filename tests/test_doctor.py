@@ -82,7 +82,7 @@ import wrapt
 
 def replace(torch):
     def theirs(self, x):
-        return torch.nn.functional.layer_norm(x, self.normalized_shape)
+        return torch.layer_norm(x, self.normalized_shape)
     torch.nn.LayerNorm.forward = theirs
 
 wrapt.register_post_import_hook(replace, "torch")

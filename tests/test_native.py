@@ -112,7 +112,8 @@ def test_low_precision_path_is_composers_recipe(dtype, input_dtype):
     recipe.load_state_dict({"weight": weight, "bias": bias})
     upstream = torch.randn(4, 8).to(dtype)
     with autocast(dtype):
-        ours = native.normalise_in_low_precision(x, shape, weight, bias, eps, dtype)
+        operands = x, shape, weight, bias, eps, dtype
+        ours = native._lower_in_low_precision(torch.layer_norm, *operands)
         assert autocast_dtype("cpu") is dtype  # on again behind the norm
         theirs = recipe(x)
     assert torch.equal(ours, theirs)

@@ -6,16 +6,19 @@ makes the whole call 6 % slower (torch 2.13, 8x64 on CPU).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from lpln_autopatch.torch_compat import (
     CUDA_NORMALISES_BFLOAT16,
     autocast_disabled,
+    is_compiling,
     never_a_frame_of_its_own,
 )
+
+Operator = Callable[..., torch.Tensor]
+"""A norm as PyTorch has it: of x, its second argument, weight, bias and eps."""
 
 
 def normalise(
@@ -26,51 +29,12 @@ def normalise(
     eps: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Normalise `x` over its trailing dimensions in the autocast dtype.
+    """Normalise `x` over its trailing dimensions in the autocast dtype: the native backend.
 
-    On CPU nothing is rounded before the output: closer than Composer's recipe, and faster, with
-    no cast but the output's, and the caller's own float32 x saved for backward. A low-precision x
-    is upcast, though there is a kernel for it: that one sums the gradients of weight and bias in
-    x's dtype, 7 % off at 4096 rows of bfloat16, 26 % at 65536 (torch 2.13 and 2.15; in float32,
-    one part in a million). Not only where gradients are wanted: no_grad must not change values.
-
-    On an accelerator x and the parameters are rounded first, as Composer does: the kernels
-    there read all three in one dtype, and move fewer bytes in this one.
-
-    Arguments and result are those of `lpln_autopatch.backends.Backend`.
-
-    Source:
-        MosaicML Composer, Low Precision LayerNorm; differs in: on CPU nothing is rounded first.
+    Arguments and result are those of `lpln_autopatch.backends.Backend`; `lower` says how.
     """
-    if x.is_cpu:
-        if x.dtype is torch.float32 and (weight is None or weight.dtype is torch.float32):
-            return F.layer_norm(x, normalized_shape, weight, bias, eps).to(dtype=dtype)
-    elif (
-        (x.dtype is dtype or x.dtype is torch.float32)
-        and (CUDA_NORMALISES_BFLOAT16 or dtype is torch.float16)
-        # Autograd cannot save it; a copy in float32, as stock makes of it, it can.
-        and not (x.is_inference() and torch.is_grad_enabled())
-    ):
-        return normalise_in_low_precision(x, normalized_shape, weight, bias, eps, dtype)
-    return normalise_in_float32(x, normalized_shape, weight, bias, eps, dtype)
-
-
-def normalise_in_low_precision(
-    x: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Round x, weight and bias to `dtype`, then normalise: Composer's recipe.
-
-    Outside of autocast, which would force float32. Arguments and result are those of `normalise`.
-    """
-    with autocast_disabled():
-        return F.layer_norm(
-            x.to(dtype=dtype), normalized_shape, _cast(weight, dtype), _cast(bias, dtype), eps
-        )
+    # The operator, not torch.nn.functional.layer_norm, which is wrapped.
+    return lower(torch.layer_norm, x, normalized_shape, weight, bias, eps, dtype)
 
 
 def normalise_in_float32(
@@ -81,19 +45,99 @@ def normalise_in_float32(
     eps: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    """Normalise `x` in float32 and round once, on every device: for what is compiled.
+
+    Arguments and result are those of `lpln_autopatch.backends.Backend`.
+    """
+    return _lower_in_float32(torch.layer_norm, x, normalized_shape, weight, bias, eps, dtype)
+
+
+def lower(
+    operator: Operator,
+    x: torch.Tensor,
+    what: object,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Run the norm `operator` in the autocast dtype.
+
+    On CPU nothing is rounded before the output: closer than Composer's recipe, and faster, with
+    no cast but the output's, and the caller's own float32 x saved for backward. A low-precision x
+    is upcast, though LayerNorm has a kernel for it: that one sums the gradients of weight and bias
+    in x's dtype, 7 % off at 4096 rows of bfloat16, 26 % at 65536 (torch 2.13 and 2.15; in float32,
+    one part in a million). Not only where gradients are wanted: no_grad must not change values.
+
+    On an accelerator x and the parameters are rounded first, as Composer does: the kernels
+    there read all three in one dtype, and move fewer bytes in this one.
+
+    Args:
+        operator: The norm, as `operator(x, what, weight, bias, eps)`.
+        x: Input, any floating dtype but float64.
+        what: The second argument of the norm: normalized_shape, or num_groups.
+        weight: Scale, or None.
+        bias: Shift, or None.
+        eps: Added to the variance.
+        dtype: The autocast dtype of x's device, float16 or bfloat16.
+
+    Returns:
+        Tensor of the shape of `x`, in `dtype`. Statistics are computed in float32.
+
+    Source:
+        MosaicML Composer, Low Precision LayerNorm and GroupNorm; differs in: on CPU nothing is
+        rounded first.
+    """
+    if x.is_cpu:
+        if x.dtype is torch.float32 and (weight is None or weight.dtype is torch.float32):
+            return operator(x, what, weight, bias, eps).to(dtype=dtype)
+    elif (
+        (x.dtype is dtype or x.dtype is torch.float32)
+        and (CUDA_NORMALISES_BFLOAT16 or dtype is torch.float16)
+        # Autograd cannot save it; a copy in float32, as stock makes of it, it can.
+        and not (x.is_inference() and torch.is_grad_enabled())
+        # No graph keeps that autocast is off: what is exported would be promoted when it runs.
+        and not is_compiling()
+    ):
+        return _lower_in_low_precision(operator, x, what, weight, bias, eps, dtype)
+    return _lower_in_float32(operator, x, what, weight, bias, eps, dtype)
+
+
+def _lower_in_low_precision(
+    operator: Operator,
+    x: torch.Tensor,
+    what: object,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Round x, weight and bias to `dtype`, then normalise: Composer's recipe.
+
+    Outside of autocast, which would force float32. Arguments and result are those of `lower`.
+    """
+    with autocast_disabled():
+        return operator(x.to(dtype=dtype), what, _cast(weight, dtype), _cast(bias, dtype), eps)
+
+
+def _lower_in_float32(
+    operator: Operator,
+    x: torch.Tensor,
+    what: object,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """Normalise in float32 and round once, whatever comes in.
 
     For the inputs that PyTorch's kernels would round twice, lose too much of, or not take:
-    bfloat16 under an autocast to float16, the reverse, float8, low precision on CPU. Arguments
-    and result are those of `normalise`.
+    bfloat16 under an autocast to float16, the reverse, float8, low precision on CPU; and for
+    compiled code, where Inductor fuses both casts and the norm into one kernel. Arguments and
+    result are those of `lower`.
     """
-    return F.layer_norm(
-        x.float(),
-        normalized_shape,
-        _cast(weight, torch.float32),
-        _cast(bias, torch.float32),
-        eps,
-    ).to(dtype=dtype)
+    f32 = torch.float32
+    return operator(x.float(), what, _cast(weight, f32), _cast(bias, f32), eps).to(dtype=dtype)
 
 
 def _cast(parameter: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -103,5 +147,12 @@ def _cast(parameter: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | 
     return parameter.to(dtype=dtype)
 
 
-for _function in (normalise, normalise_in_low_precision, normalise_in_float32, _cast):
+for _function in (
+    normalise,
+    normalise_in_float32,
+    lower,
+    _lower_in_low_precision,
+    _lower_in_float32,
+    _cast,
+):
     never_a_frame_of_its_own(_function)

@@ -21,7 +21,6 @@ from lpln_autopatch.bench.options import Options
 from lpln_autopatch.bench.results import Figure, Row, ratios, short
 from lpln_autopatch.bench.rivals import LOWERED, STOCK, Contender, composer, sift
 from lpln_autopatch.bench.timing import Entry, Progress, Quartiles
-from lpln_autopatch.torch_compat import drop_compiled_code
 
 MODES = ("eager", "compiled")
 Built = tuple[torch.nn.Module, dict[str, torch.Tensor], int]
@@ -182,7 +181,7 @@ def run(options: Options, progress: Progress) -> list[Row]:
     rows: list[Row] = []
     for name, mode, dtype in cases:
         progress.set_description_str(f"model, {name}, {mode}")
-        drop_compiled_code()
+        torch.compiler.reset()
         rows += _measure(name, mode, dtype, options, progress)
     return rows
 

@@ -1,0 +1,53 @@
+"""Activation checkpointing: a recomputation runs under the request that its forward ran under."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import wrapt
+
+Block = Callable[[], AbstractContextManager[Any]]
+"""What opens a block of the request that was in force when it was made."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """A function that runs under the request that was in force elsewhere, or under none.
+
+    A recomputation must repeat its forward, and may happen outside the block that the forward ran
+    in, or after the base was cleared.
+    """
+
+    function: Callable[..., Any]
+    block: Block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Even if that is in force already: what it is in force by may end before this does.
+        with self.block():
+            return self.function(*args, **kwargs)
+
+
+def captures_function(position: int, capture: Callable[[], Block]) -> Callable[[Any], Any]:
+    """A wrapper that binds the function at `position`, run again in backward, to now."""
+
+    def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        function = Carried(args[position], capture())
+        return wrapped(*args[:position], function, *args[position + 1 :], **kwargs)
+
+    return lambda original: wrapt.FunctionWrapper(original, wrapper)
+
+
+def recomputes_function(attribute: str, stock: Block) -> Callable[[Any], Any]:
+    """A wrapper for what runs `attribute` again, stock if its forward was before our time."""
+
+    def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        holder = args[0] if instance is None else instance
+        function = getattr(holder, attribute)
+        if not isinstance(function, Carried):
+            setattr(holder, attribute, Carried(function, stock))
+        return wrapped(*args, **kwargs)
+
+    return lambda original: wrapt.FunctionWrapper(original, wrapper)

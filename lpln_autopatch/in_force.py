@@ -1,0 +1,70 @@
+"""What is in force now, and where it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from typing import TYPE_CHECKING
+
+from lpln_autopatch import state
+
+if TYPE_CHECKING:
+    from lpln_autopatch.precision import Precision
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """What is in force, and where it came from. Prints as a table.
+
+    Attributes:
+        precision: The precision in force, or None.
+        backend: What normalises, or None.
+        norms: The names of the norms that are lowered, or None.
+        source: "environment", "enable" or "block", or None.
+        installed: Whether our wrappers are on, active or inert.
+        environment: LPLN_PRECISION as it is set now, or None. With a precision here and none in
+            force, no route has read it: see docs/activation.md.
+        versions: Of lpln_autopatch, torch, wrapt and python.
+    """
+
+    precision: Precision | None
+    backend: str | None
+    norms: tuple[str, ...] | None
+    source: str | None
+    installed: bool
+    environment: str | None
+    versions: dict[str, str]
+
+    def __str__(self) -> str:
+        rows = {**vars(self), "versions": ", ".join(f"{k} {v}" for k, v in self.versions.items())}
+        rows["norms"] = self.norms and ", ".join(self.norms)
+        return "\n".join(f"{name:12} {value}" for name, value in rows.items())
+
+
+def status() -> Status:
+    """What is in force now, where it came from, and whether the wrapper is installed.
+
+    Returns:
+        A snapshot, which prints as a table.
+    """
+    import torch  # first, for the reason that Request.parse gives
+    from importlib_metadata import version
+
+    from lpln_autopatch import __version__
+
+    request = state.current()
+    return Status(
+        precision=request.precision if request else None,
+        backend=request.backend if request else None,
+        norms=request.norms if request else None,
+        source=request.source if request else None,
+        installed=state.is_installed(),
+        environment=os.environ.get("LPLN_PRECISION"),
+        versions={
+            "lpln_autopatch": __version__,
+            "torch": str(torch.__version__),
+            "wrapt": version("wrapt"),
+            "python": platform.python_version(),
+        },
+    )
