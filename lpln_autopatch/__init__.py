@@ -34,9 +34,9 @@ if TYPE_CHECKING:
         exempt,
         low_precision_layernorm,
     )
+    from lpln_autopatch.in_force import status
     from lpln_autopatch.precision import NoEffectWarning, Precision
     from lpln_autopatch.reporting import report
-    from lpln_autopatch.in_force import status
     from lpln_autopatch.surgery import (
         LPLayerNorm,
         apply_low_precision_layernorm,
