@@ -57,6 +57,10 @@ def decide(lowering: Lowering, norm: str, x: object, weight: Tensor | None) -> t
     # An fx.Proxy gets here when fx traces.
     if not isinstance(x, Tensor):
         return "the input is no tensor"
+    # PyTorch's own function hands the call, with ours as the function, to the mode or the
+    # subclass that asks for it. What that calls is decided then.
+    if has_torch_function_variadic(x, weight):
+        return "__torch_function__"
     dtype = autocast_dtype(x.device.type)
     if dtype is None:
         return "no autocast"
@@ -76,10 +80,6 @@ def decide(lowering: Lowering, norm: str, x: object, weight: Tensor | None) -> t
             return ""
     elif is_tracing():
         return "TorchScript"
-    # PyTorch's own function hands the call, with ours as the function, to the mode or the
-    # subclass that asks for it. What that calls is decided then.
-    if has_torch_function_variadic(x, weight):
-        return "__torch_function__"
     if dtype not in lowering.dtypes:
         _warn_of_other_dtype(lowering.precision, dtype)
         return f"precision {lowering.precision}, autocast to {dtype}"

@@ -1,0 +1,227 @@
+"""exempt(): whatever a module's forward calls stays stock, in eager and compiled code."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import autocast, needs_dynamo, output_dtype
+
+import lpln_autopatch as lpln
+from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch.torch_compat import TORCH_VERSION
+
+BF16, FP32 = torch.bfloat16, torch.float32
+nn = torch.nn
+
+# On older ones a module whose forward is its own is lowered even if it is exempt.
+pytestmark = pytest.mark.skipif(
+    TORCH_VERSION < (2, 0),
+    reason="before torch 2.0 hooks do not run if a forward raises; CI runs this on later ones",
+)
+
+
+class Functional(nn.Module):
+    """A norm of its own."""
+
+    def __init__(self, breaks: bool = False) -> None:
+        super().__init__()
+        self.breaks, self.fails = breaks, False
+
+    def forward(self, x):
+        if self.breaks:
+            torch._dynamo.graph_break()
+        y = F.layer_norm(x, (8,))
+        if self.fails:
+            raise KeyError("in forward")
+        return y
+
+
+class Permuted(nn.LayerNorm):
+    """Like timm's LayerNorm2d: torch's forward in one of its own."""
+
+    def forward(self, x):
+        return super().forward(x.unsqueeze(0)).squeeze(0)
+
+
+class Model(nn.Module):
+    """The dtypes that its norms give, as one letter each: l(owered) or s(tock)."""
+
+    def __init__(self, breaks: bool = False) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([Functional(breaks), nn.LayerNorm(8), Functional(), Permuted(8)])
+        self.groups = nn.GroupNorm(2, 8)
+
+    def forward(self, x):
+        return [norm(x) for norm in (*self.norms, self.groups)]
+
+
+def letters(run, x=None):
+    with autocast():
+        outputs = run(torch.randn(4, 8) if x is None else x)
+    return "".join("l" if y.dtype is BF16 else "s" for y in outputs)
+
+
+@pytest.fixture
+def model():
+    return Model()
+
+
+@pytest.fixture
+def lowered():
+    with low_precision_layernorm(norms="all"):
+        yield
+
+
+def compiled(model):
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+modes = pytest.mark.parametrize("mode", [lambda m: m, pytest.param(compiled, marks=needs_dynamo)])
+
+
+@modes
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("norms.0", "sllll"),
+        ("norms.1", "lslll"),
+        ("norms.3", "lllsl"),
+        ("groups", "lllls"),
+        ("norms", "ssssl"),
+        ("", "sssss"),
+    ],
+)
+def test_what_the_forward_calls_is_stock(model, lowered, mode, name, expected):
+    """Before and after the first call of compiled code; undone by exempt(module, False)."""
+    run = mode(model)
+    module = model.get_submodule(name)
+    assert lpln.exempt(module) is module
+    assert letters(run) == expected
+    lpln.exempt(module, False)
+    assert letters(run) == "lllll"
+    lpln.exempt(module)
+    lpln.exempt(module)
+    assert letters(run) == expected
+    lpln.exempt(module, False)
+    assert letters(run) == "lllll"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_values_are_stock_bit_for_bit(model, lowered):
+    """An exempt module gives what it gives without us, gradients included."""
+    x = torch.randn(4, 8, requires_grad=True)
+    with low_precision_layernorm("fp32"), autocast():
+        expected = model(x)
+    lpln.exempt(model)
+    with autocast():
+        got = model(x)
+    for g, e in zip(got, expected, strict=True):
+        assert torch.equal(g, e)
+        assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (g, e)))
+
+
+def test_forward_that_is_called_by_itself(lowered):
+    """module.forward(x) runs no hooks; a LayerNorm's mark counts all the same."""
+    norm = lpln.exempt(nn.LayerNorm(8))
+    assert output_dtype(norm) is FP32
+    with autocast():
+        assert norm.forward(torch.randn(4, 8)).dtype is FP32
+
+
+def test_exception_in_an_exempt_forward_ends_it(model, lowered):
+    """Behind an exempt module that raises, the others are lowered as before."""
+    lpln.exempt(model.norms[0])
+    model.norms[0].fails = True
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            letters(model)
+    model.norms[0].fails = False
+    assert letters(model) == "sllll"
+
+
+def test_threads_are_exempt_by_themselves(lowered):
+    """While one thread is inside an exempt module, another one's calls are lowered."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Waits(nn.Module):
+        def forward(self, x):
+            inside.set()
+            assert go_on.wait(60)
+            return [F.layer_norm(x, (8,))]
+
+    seen = []
+    waits = lpln.exempt(Waits())
+    thread = threading.Thread(target=lambda: seen.append(letters(waits)))
+    thread.start()
+    assert inside.wait(60)
+    assert output_dtype(Functional()) is BF16
+    go_on.set()
+    thread.join()
+    assert seen == ["s"]
+
+
+def by_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), by_torch_save]
+)
+def test_exemption_goes_along_with_copies(model, lowered, duplicate):
+    """Through deepcopy, pickle and torch.save, and exempt(copy, False) ends it in the copy."""
+    lpln.exempt(model.norms)
+    twin = duplicate(model)
+    assert letters(twin) == "ssssl"
+    lpln.exempt(twin, False)
+    assert letters(twin) == "lllll"
+    assert letters(model) == "ssssl"
+    assert not any("lpln" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint_inside_an_exempt_module_recomputes_stock(lowered, use_reentrant):
+    """A function that an exempt module checkpoints is stock in both of its runs."""
+    seen = []
+
+    class Checkpoints(nn.Module):
+        def forward(self, x):
+            def function(x):
+                y = F.layer_norm(x, (8,))
+                seen.append(y.dtype)
+                return y.square()
+
+            checkpoint = torch.utils.checkpoint.checkpoint
+            return checkpoint(function, x, use_reentrant=use_reentrant)
+
+    with autocast():
+        y = lpln.exempt(Checkpoints())(torch.randn(4, 8, requires_grad=True))
+    y.sum().backward()
+    assert seen == [FP32, FP32]
+
+
+def test_exempt_layernorm_can_be_scripted(lowered):
+    """A LayerNorm carries a mark and no hooks, which TorchScript would compile."""
+    norm = lpln.exempt(nn.LayerNorm(8))
+    assert output_dtype(torch.jit.script(norm)) is FP32
+
+
+@needs_dynamo
+def test_graph_break_inside_an_exempt_module(lowered):
+    """What runs behind a graph break in its forward is stock, in every thread."""
+    model = Model(breaks=True)
+    lpln.exempt(model.norms[0])
+    run = torch.compile(model, backend="aot_eager")
+    seen = [letters(run)]
+    thread = threading.Thread(target=lambda: seen.append(letters(run)))
+    thread.start()
+    thread.join()
+    assert seen == ["sllll"] * 2

@@ -1,0 +1,586 @@
+"""The functions of torch.nn.functional: who calls them is lowered, however they are called."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import pickle
+import threading
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+import wrapt
+from support import AUTOCAST_DTYPES, autocast, needs_dynamo, output_dtype, run_python
+
+import lpln_autopatch as lpln
+from lpln_autopatch import low_precision_layernorm, norms
+from lpln_autopatch.torch_compat import HAS_RMS_NORM, TORCH_VERSION
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+nn = torch.nn
+
+needs_rms_norm = pytest.mark.skipif(
+    not HAS_RMS_NORM, reason="torch has rms_norm from 2.4 on; CI runs this there"
+)
+
+
+class Functional(nn.Module):
+    """A LayerNorm of its own, in no way related to torch's, as nanoGPT and timm have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 8))
+        self.bias = nn.Parameter(torch.linspace(-0.5, 0.5, 8))
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-6)
+
+
+@pytest.fixture
+def functional():
+    return Functional()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+SPELLINGS = {
+    "positional": lambda x, w, b: F.layer_norm(x, (8,), w, b, 1e-3),
+    "keywords": lambda x, w, b: F.layer_norm(
+        input=x, normalized_shape=(8,), weight=w, bias=b, eps=1e-3
+    ),
+    "list": lambda x, w, b: F.layer_norm(x, [8], w, b, eps=1e-3),
+    "size": lambda x, w, b: F.layer_norm(x, w.shape, bias=b, weight=w, eps=1e-3),
+    "defaults": lambda x, w, b: F.layer_norm(x, (8,)),
+    "through torch": lambda x, w, b: torch.nn.functional.layer_norm(x, (8,), w, b),
+}
+
+
+@pytest.mark.parametrize("dtype", AUTOCAST_DTYPES)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_of_the_call_is_lowered(functional, x, spelling, dtype):
+    """Positional, keyword, list, torch.Size: float32's values, rounded once."""
+    call = functools.partial(SPELLINGS[spelling], x, functional.weight, functional.bias)
+    expected = call()
+    with low_precision_layernorm(), autocast(dtype):
+        y = call()
+    assert y.dtype is dtype
+    assert torch.equal(y, expected.to(dtype))
+
+
+def test_missing_argument_is_pythons_own_error(x):
+    """A call that PyTorch refuses is refused with a TypeError that names the function."""
+    with low_precision_layernorm(), pytest.raises(TypeError, match=r"layer_norm\(\) missing"):
+        F.layer_norm(x)
+
+
+def test_function_and_module_give_the_same(x):
+    """The module's call is lowered once: bit for bit what the function gives."""
+    module = nn.LayerNorm(8)
+    nn.init.normal_(module.weight)
+    with low_precision_layernorm(), autocast():
+        y, z = module(x), F.layer_norm(x, (8,), module.weight, module.bias, module.eps)
+    assert y.dtype is BF16
+    assert torch.equal(y, z)
+
+
+def test_gradients_keep_their_dtypes_and_are_float32s(functional, x):
+    """The gradient of x has x's dtype, those of the parameters theirs."""
+    x.requires_grad_()
+    inputs = [x, functional.weight, functional.bias]
+    upstream = torch.randn(4, 8).to(BF16)
+    expected = torch.autograd.grad(functional(x), inputs, upstream.float())
+    with low_precision_layernorm(), autocast():
+        got = torch.autograd.grad(functional(x), inputs, upstream)
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype is e.dtype
+        assert torch.allclose(g, e, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: F.layer_norm(x.double(), (8,)),
+        lambda x: F.layer_norm(x.double(), (8,), torch.ones(8).double()),
+        lambda x: torch.layer_norm(x, (8,)),
+    ],
+)
+def test_stock_calls_are_stock(x, call):
+    """float64, and the operator that is not wrapped, stay as they are, bit for bit."""
+    with autocast():
+        expected = call(x)
+        with low_precision_layernorm():
+            y = call(x)
+    assert y.dtype is expected.dtype
+    assert torch.equal(y, expected)
+
+
+def test_autocast_switched_off_around_the_call_stays_off(functional, x):
+    """timm's fast_norm and others call the function in an autocast(enabled=False) region."""
+    with low_precision_layernorm(), autocast(), autocast(enabled=False):
+        assert functional(x).dtype is FP32
+
+
+def test_float64_parameters_are_stock(x):
+    """A float64 weight is PyTorch's business: its own error, whatever the backend."""
+    weight = torch.ones(8, dtype=torch.float64)
+    with autocast(), pytest.raises(RuntimeError) as stock:
+        F.layer_norm(x, (8,), weight)
+    with low_precision_layernorm(), autocast(), pytest.raises(RuntimeError) as ours:
+        F.layer_norm(x, (8,), weight)
+    assert str(ours.value) == str(stock.value)
+
+
+# ---- group_norm and rms_norm, on request
+
+
+def test_other_norms_are_stock_unless_asked_for(x):
+    """The default is what the name promises: LayerNorm alone, and nothing else is patched."""
+    before = F.group_norm
+    with low_precision_layernorm(), autocast():
+        assert F.group_norm is before
+        assert nn.GroupNorm(2, 8)(x).dtype is FP32
+        assert nn.LayerNorm(8)(x).dtype is BF16
+
+
+@pytest.mark.parametrize("input_dtype", [FP32, BF16])
+@pytest.mark.parametrize("shape", [(4, 8), (2, 8, 5, 3)])
+def test_group_norm_on_request(input_dtype, shape):
+    """Module and function: float32's values and gradients, rounded once."""
+    module = nn.GroupNorm(2, 8)
+    nn.init.normal_(module.weight)
+    x = torch.randn(shape).to(input_dtype).requires_grad_()
+    expected = module(x.float())
+    upstream = torch.randn(shape).to(BF16)
+    wanted = torch.autograd.grad(expected, [x, module.weight], upstream.float())
+    with low_precision_layernorm(norms="group_norm"), autocast():
+        y = module(x)
+        by_function = F.group_norm(input=x, num_groups=2, weight=module.weight, bias=module.bias)
+        assert output_dtype(nn.LayerNorm(8)) is FP32
+    assert y.dtype is by_function.dtype is BF16
+    assert torch.equal(y, expected.to(BF16))
+    assert torch.equal(y, by_function)
+    for g, e in zip(torch.autograd.grad(y, [x, module.weight], upstream), wanted, strict=True):
+        assert g.dtype is e.dtype
+        assert torch.allclose(g.float(), e.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_group_norm_keeps_pytorchs_errors():
+    """PyTorch checks the input of group_norm before the operator; so does a lowered call."""
+    with low_precision_layernorm(norms="all"), autocast():
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            F.group_norm(torch.randn(1, 2), 2)
+        with pytest.raises(RuntimeError, match=r"Expected at least 2 dimensions"):
+            F.group_norm(torch.randn(8), 2)
+
+
+@needs_rms_norm
+@pytest.mark.parametrize("eps", [None, 1e-3])
+@pytest.mark.parametrize("input_dtype", [FP32, BF16])
+def test_rms_norm_on_request(x, input_dtype, eps):
+    """Module and function: float32's values, rounded once; the default eps is float32's."""
+    module = nn.RMSNorm(8, eps=eps)
+    nn.init.normal_(module.weight)
+    x = (x * 1e-3).to(input_dtype)  # so small that eps counts
+    expected = F.rms_norm(x.float(), (8,), module.weight, eps)
+    with low_precision_layernorm(norms=["rms_norm"]), autocast():
+        y = module(x)
+        by_function = F.rms_norm(x, normalized_shape=(8,), weight=module.weight, eps=eps)
+    assert y.dtype is BF16
+    assert torch.equal(y, expected.to(BF16))
+    assert torch.equal(y, by_function)
+
+
+def test_innermost_block_decides_which_norms(x):
+    """norms belong to the request: an inner block's replace the outer one's."""
+    both = nn.LayerNorm(8), nn.GroupNorm(2, 8)
+
+    def dtypes():
+        return [output_dtype(norm, x) for norm in both]
+
+    with low_precision_layernorm(norms="all"):
+        assert dtypes() == [BF16, BF16]
+        with low_precision_layernorm():
+            assert dtypes() == [BF16, FP32]
+        with low_precision_layernorm(norms="group_norm"):
+            assert dtypes() == [FP32, BF16]
+        assert dtypes() == [BF16, BF16]
+    assert dtypes() == [FP32, FP32]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("layer_norm", ("layer_norm",)),
+        (" Group_Norm , layer_norm", ("layer_norm", "group_norm")),
+        (["group_norm", "group_norm"], ("group_norm",)),
+        (("all",), norms.NAMES),
+        ("all", norms.NAMES),
+    ],
+)
+def test_norms_are_named(value, expected):
+    """A name, several in a string or a list, or all; status() shows them."""
+    lpln.enable(norms=value)
+    assert lpln.status().norms == expected
+    assert f"norms        {', '.join(expected)}" in str(lpln.status())
+
+
+@pytest.mark.parametrize("value", ["layernorm", ["layer_norm", "batch_norm"], "", [], 3])
+def test_wrong_norms_are_refused(value):
+    """A ValueError with the value and the valid names, and nothing has changed."""
+    lpln.enable("bf16")
+    before = lpln.status()
+    for ask in (lpln.enable, low_precision_layernorm):
+        with pytest.raises(ValueError, match="norms=") as error:
+            ask(norms=value)
+        assert repr(value) in str(error.value)
+        assert all(name in str(error.value) for name in (*norms.NAMES, "all"))
+    assert lpln.status() == before
+
+
+def test_variable_names_the_norms_where_no_argument_does(monkeypatch):
+    """LPLN_NORMS is the default of the argument, as LPLN_BACKEND is of backend."""
+    monkeypatch.setenv("LPLN_NORMS", "layer_norm,group_norm")
+    lpln.enable()
+    assert lpln.status().norms == ("layer_norm", "group_norm")
+    lpln.enable(norms="layer_norm")
+    assert lpln.status().norms == ("layer_norm",)
+    monkeypatch.setenv("LPLN_NORMS", "batchnorm")
+    with pytest.raises(ValueError, match=r"LPLN_NORMS='batchnorm'.*group_norm"):
+        lpln.enable()
+
+
+# ---- who else deals with these functions
+
+
+def test_torchscript_gets_the_stock_function(functional, x):
+    """script and trace compile torch's own source, while lowering is active and afterwards."""
+
+    def scale(x):
+        return torch.nn.functional.layer_norm(x, (8,)) * 2
+
+    def groups(x):
+        return torch.nn.functional.group_norm(x, 2)
+
+    expected = functional(x), scale(x), groups(x)
+    with low_precision_layernorm(norms="all"), autocast():
+        scripted = [torch.jit.script(f) for f in (functional, scale, groups, nn.LayerNorm(8))]
+        with low_precision_layernorm("fp32"):
+            traced = torch.jit.trace(functional, x)
+    for module, wanted in zip(scripted, expected, strict=False):
+        assert torch.equal(module(x), wanted)
+    assert torch.equal(traced(x), expected[0])
+
+
+def test_fx_names_the_function_and_follows(functional, x):
+    """An fx graph calls F.layer_norm by its name: lowered when it runs lowered."""
+    with low_precision_layernorm():
+        graph = torch.fx.symbolic_trace(functional)
+    assert "torch.nn.functional.layer_norm" in graph.code
+    graph = pickle.loads(pickle.dumps(graph))
+    assert output_dtype(graph, x) is FP32
+    with low_precision_layernorm():
+        assert output_dtype(graph, x) is BF16
+    lpln.disable()
+    assert output_dtype(graph, x) is FP32
+
+
+class Logged(torch.Tensor):
+    """A subclass that sees every function that is called on it."""
+
+    functions: ClassVar[list[object]] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.functions.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_subclass_with_torch_function_sees_the_function_and_is_lowered(functional, x):
+    """It is handed one call of layer_norm, as without us, and what it calls beneath is lowered."""
+    y = x.as_subclass(Logged)
+    Logged.functions.clear()
+    with low_precision_layernorm(), autocast():
+        z = functional(y)
+        seen = list(Logged.functions)
+    assert type(z) is Logged
+    assert z.dtype is BF16
+    assert seen == [norms.layer_norm]
+
+
+@pytest.mark.skipif(TORCH_VERSION < (2, 0), reason="a device is a context from torch 2.0 on")
+def test_function_modes_are_lowered_beneath(functional, x):
+    """`with torch.device(...)` is a function mode: calls beneath it are lowered."""
+    with torch.device("cpu"), low_precision_layernorm(), autocast():
+        assert functional(x).dtype is BF16
+
+
+def test_threads_share_what_is_in_force(functional, x):
+    """The state is the process's: a call in another thread is lowered."""
+    dtypes = []
+    with low_precision_layernorm():
+        thread = threading.Thread(target=lambda: dtypes.append(output_dtype(functional, x)))
+        thread.start()
+        thread.join()
+    assert dtypes == [BF16]
+
+
+@pytest.mark.skipif(TORCH_VERSION < (2, 0), reason="torch.func is in torch >= 2.0")
+def test_functorch_transforms(functional, x):
+    """vmap, grad and jvp over the function run lowered."""
+    with low_precision_layernorm(), autocast():
+        assert torch.func.vmap(functional)(x).dtype is BF16
+        gradient = torch.func.grad(lambda x: functional(x).float().sum())(x)
+        y, tangent = torch.func.jvp(functional, (x,), (x,))
+    assert gradient.dtype is FP32
+    assert y.dtype is tangent.dtype is BF16
+
+
+@needs_dynamo
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_keeps_the_lowered_dtype(functional, x, strict):
+    """An exported program is lowered as the model was, also after the block."""
+    with low_precision_layernorm(), autocast():
+        expected = functional(x)
+        program = torch.export.export(functional, (x,), strict=strict)
+    with autocast():
+        assert torch.equal(program.module()(x), expected)
+    assert expected.dtype is BF16
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint_recomputes_as_forward_ran(functional, x, use_reentrant):
+    """A recomputation after disable() is lowered, and gives the same gradients."""
+    seen = []
+
+    def block(x):
+        y = functional(x)
+        seen.append(y.dtype)
+        return y.float().square()
+
+    gradients = []
+    for checkpointed in (False, True):
+        leaf = x.clone().requires_grad_()
+        with low_precision_layernorm(), autocast():
+            if checkpointed:
+                y = torch.utils.checkpoint.checkpoint(block, leaf, use_reentrant=use_reentrant)
+            else:
+                y = block(leaf)
+        lpln.disable()
+        y.sum().backward()
+        gradients.append(leaf.grad)
+    assert seen == [BF16] * 3
+    assert torch.equal(*gradients)
+
+
+def plain(original):
+    def theirs(*args, **kwargs):
+        return original(*args, **kwargs) + 1
+
+    return theirs
+
+
+def with_wrapt(original):
+    return wrapt.FunctionWrapper(original, lambda f, instance, args, kwargs: f(*args, **kwargs) + 1)
+
+
+@pytest.mark.parametrize("theirs", [plain, with_wrapt])
+def test_foreign_function_beneath_is_called_and_rounded_once(functional, x, theirs, monkeypatch):
+    """A backend never takes its place: it runs in float32, its output is lowered, it comes back."""
+    monkeypatch.setattr(F, "layer_norm", beneath := theirs(F.layer_norm))
+    expected = functional(x)
+    with low_precision_layernorm(), autocast():
+        assert torch.equal(functional(x), expected.to(BF16))
+        assert torch.equal(F.layer_norm(input=x, normalized_shape=(8,)).float(), functional_bf16(x))
+    lpln.disable()
+    assert F.layer_norm is beneath
+
+
+def functional_bf16(x):
+    return (torch.layer_norm(x, (8,)) + 1).to(BF16).float()
+
+
+@pytest.mark.parametrize("theirs", [plain, with_wrapt])
+def test_foreign_function_above_stays(functional, x, theirs):
+    """disable() leaves it, and says so if ours has to stay beneath it, inert."""
+    original = F.layer_norm
+    stock = functional(x)
+    lpln.enable()
+    ours = F.layer_norm
+    F.layer_norm = top = theirs(ours)
+    try:
+        assert output_dtype(functional, x) is BF16
+        if theirs is plain:
+            with pytest.warns(RuntimeWarning, match=r"functional\.layer_norm was wrapped by"):
+                lpln.disable()
+        else:
+            lpln.disable()
+        assert F.layer_norm is top
+        assert torch.equal(functional(x), stock + 1)
+    finally:
+        F.layer_norm = ours if theirs is plain else original
+        lpln.disable()
+    assert F.layer_norm is original
+
+
+def test_wrappers_have_the_signatures_of_what_they_wrap():
+    """A parameter that a later torch adds fails here, by name."""
+    for target in norms.TARGETS:
+        torchs = inspect.unwrap(functools.reduce(getattr, target.path.split("."), target.module))
+        theirs = inspect.signature(torchs)
+        ours = inspect.signature(target.wrapper, follow_wrapped=False)
+        assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
+            (p.name, p.kind, p.default) for p in theirs.parameters.values()
+        ], target.full_name
+
+
+def test_function_can_be_pickled_and_copied():
+    """By its name, as torch's own."""
+    with low_precision_layernorm():
+        assert pickle.loads(pickle.dumps(F.layer_norm)) is F.layer_norm
+        assert copy.deepcopy(F.layer_norm) is F.layer_norm
+        assert inspect.getsource(F.layer_norm).startswith("def layer_norm(")
+
+
+# ---- compiled code
+
+
+class Norms(nn.Module):
+    """One of each, by module and by function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.group = nn.LayerNorm(8), nn.GroupNorm(2, 8)
+
+    def forward(self, x):
+        return self.layer(x), F.layer_norm(x, (8,)), self.group(x), F.group_norm(x, 2)
+
+
+def dtypes_of(run, x):
+    with autocast():
+        return "".join("l" if y.dtype is BF16 else "s" for y in run(x))
+
+
+@needs_dynamo
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_code_obeys_the_switch(x, backend):
+    """Stock first, on, off, on, other norms: with fullgraph, and each variant is compiled once."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    run = torch.compile(Norms(), fullgraph=True, backend=count)
+    assert dtypes_of(run, x) == "ssss"
+    for _ in range(2):
+        with low_precision_layernorm():
+            assert dtypes_of(run, x) == "llss"
+        assert dtypes_of(run, x) == "ssss"
+        with low_precision_layernorm(norms="all"):
+            assert dtypes_of(run, x) == "llll"
+    compiled = len(graphs)
+    for _ in range(2):
+        lpln.disable()
+        assert dtypes_of(run, x) == "ssss"
+        lpln.enable(norms="all")
+        assert dtypes_of(run, x) == "llll"
+    # Six states: what is wrapped is none, layer_norm or both, and then inert or lowering.
+    assert compiled <= 6
+    assert len(graphs) == compiled
+
+
+@needs_dynamo
+def test_first_activation_recompiles_nothing_without_norms(x):
+    """Code that holds no norm is not compiled again, whatever is switched."""
+    graphs = []
+    run = torch.compile(nn.Linear(8, 8), backend=lambda g, inputs: graphs.append(g) or g)
+    run(x)
+    for _ in range(3):
+        with low_precision_layernorm():
+            run(x)
+        lpln.disable()
+        run(x)
+    assert len(graphs) == 1
+
+
+@needs_dynamo
+def test_foreign_function_wrapper_above_is_looked_through(x):
+    """Dynamo runs what a wrapt.FunctionWrapper wraps, ours, without an error of its guards."""
+    original = F.layer_norm
+    lpln.enable()
+    F.layer_norm = wrapt.FunctionWrapper(F.layer_norm, lambda f, i, a, k: f(*a, **k))
+    try:
+        run = torch.compile(Norms(), fullgraph=True, backend="aot_eager")
+        assert dtypes_of(run, x) == "llss"
+        with low_precision_layernorm("fp32"):
+            assert dtypes_of(run, x) == "ssss"
+    finally:
+        F.layer_norm = original
+
+
+COMPILED_IN_A_PROCESS = """
+import sys
+import torch
+if "late" in sys.argv:
+    import torch._dynamo
+import lpln_autopatch as lpln
+if "lowered" in sys.argv:
+    lpln.enable()
+if "distributed" in sys.argv:
+    import torch._dynamo
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(),
+                                         rank=0, world_size=1)
+F = torch.nn.functional
+torch.manual_seed(0)
+norm, linear = torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)
+def f(x):
+    x = linear(x).float()
+    return F.layer_norm(x, (8,)), norm(x)
+run = torch.compile(f, backend=sys.argv[1], fullgraph=True)
+def show():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        print(*(str(y.dtype)[6:] for y in run(torch.ones(4, 8))))
+show()
+if "toggle" in sys.argv:
+    lpln.disable(), show()
+    lpln.enable(), show()
+    with lpln.low_precision_layernorm("fp32"):
+        show()
+"""
+LOWERED, STOCK = "bfloat16 bfloat16", "float32 float32"
+
+
+@needs_dynamo
+@pytest.mark.parametrize("when", ["early", "late"])
+@pytest.mark.parametrize("group", ["alone", "distributed"])
+def test_activation_before_dynamo_is_imported(when, group):
+    """Dynamo puts what it finds under torch's names into graphs untraced; ours it traces.
+
+    Also where torch.distributed has it look at the names again.
+    """
+    arguments = ("aot_eager", "lowered", "toggle", when, group)
+    result = run_python("-c", COMPILED_IN_A_PROCESS, *arguments)
+    assert result.stdout.splitlines() == [LOWERED, STOCK, LOWERED, STOCK]
+
+
+@needs_dynamo
+@pytest.mark.parametrize("first", ["lowered", "stock"])
+def test_processes_share_a_compile_cache(tmp_path, first):
+    """Stock and lowered processes with one cache folder never get each other's code."""
+    expected = {"lowered": LOWERED, "stock": STOCK}
+    second = "stock" if first == "lowered" else "lowered"
+    for kind in (first, second, first):
+        result = run_python(
+            "-c",
+            COMPILED_IN_A_PROCESS,
+            "inductor",
+            kind,
+            TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
+        )
+        assert result.stdout.splitlines() == [expected[kind]]
