@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lpln_autopatch import state
 from lpln_autopatch.precision import Precision
-from lpln_autopatch.state import Request
+from lpln_autopatch.request import Request
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from lpln_autopatch import autoload
 from lpln_autopatch.precision import Precision
 
 if TYPE_CHECKING:
-    from lpln_autopatch.state import Request
+    from lpln_autopatch.request import Request
 
 VARIABLES = (
     "LPLN_PRECISION",

@@ -17,6 +17,9 @@ from lpln_autopatch.torch_compat import (
 MARK = "_lpln_autopatch_exempt"
 """The attribute that marks a module as exempt."""
 
+BENEATH = "beneath another patcher"
+"""Why another patcher's function, which ours calls and then rounds, runs stock."""
+
 # Counts the calls of `mark`, for compiled code: Dynamo does not guard on a module's hooks. A
 # string, because Dynamo may make a symbol of an integer that changes.
 changes = "0"

@@ -20,7 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic  
 
 from lpln_autopatch import forward
 from lpln_autopatch.backends import native
-from lpln_autopatch.exemption import MARK, run_stock
+from lpln_autopatch.exemption import BENEATH, MARK, run_stock
 from lpln_autopatch.forward import decide, run_backend
 from lpln_autopatch.torch_compat import (
     HAS_RMS_NORM,
@@ -171,7 +171,7 @@ def _over_a_foreign_one(target: Target, original: Any) -> Callable[..., Any]:
                 args = (*args[:position], x.float(), *args[position + 1 :])
             else:
                 kwargs = {**kwargs, "input": x.float()}
-        return run_stock("beneath another patcher", call, *args, **kwargs).to(dtype=dtype)
+        return run_stock(BENEATH, call, *args, **kwargs).to(dtype=dtype)
 
     return wrapper
 

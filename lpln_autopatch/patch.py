@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 import wrapt
 
 from lpln_autopatch.checkpointing import Block, captures_function, recomputes_function
-from lpln_autopatch.norms import TARGETS
+from lpln_autopatch.norms import NAMES, TARGETS
 from lpln_autopatch.torch_compat import (
     CHECKPOINT_ENTRIES,
     CHECKPOINT_RECOMPUTATIONS,
@@ -125,7 +125,7 @@ class Patches:
             trace_through({t.full_name: t.wrapper for t in TARGETS if t.module is F})
             self._dynamo_knows = True
 
-    def install(self, norms: Sequence[str]) -> None:
+    def install(self, norms: Sequence[str] = NAMES) -> None:
         """Put the wrappers of `norms` on, where they are not. If one cannot be, no new one is."""
         wanted = [patch for norm, patch in self._norms if norm in norms]
         new: list[Patch] = []
@@ -138,13 +138,13 @@ class Patches:
                 patch.remove()
             raise
 
-    def remove(self) -> list[str]:
-        """Take every wrapper off that is on, and say which somebody else has wrapped."""
-        everything = [*(patch for _, patch in self._norms), *self._checkpointing]
-        return [message for patch in everything if (message := patch.remove()) is not None]
+    def remove(self, keep: Collection[str] = ()) -> list[str]:
+        """Take the wrappers off but those of the norms in `keep`, and say which cannot go."""
+        unwanted = [patch for norm, patch in self._norms if norm not in keep]
+        unwanted += [] if keep else self._checkpointing
+        return [message for patch in unwanted if (message := patch.remove()) is not None]
 
-    def are_on(self) -> bool:
-        """Whether every wrapper of one norm at least is on."""
-        on = {norm for norm, patch in self._norms if patch.is_on()}
+    def on(self) -> set[str]:
+        """The norms of which every wrapper is on."""
         off = {norm for norm, patch in self._norms if not patch.is_on()}
-        return bool(on - off)
+        return set(NAMES) - off

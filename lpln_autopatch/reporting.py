@@ -1,115 +1,250 @@
-"""What is lowered in a model and what is not, and why: by looking at it, without running it."""
+"""What happens to every norm call of a model, and why: seen by running it once."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections import defaultdict
+import functools
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from lpln_autopatch import state
-from lpln_autopatch.verdicts import Readings, Verdict, judge
+from lpln_autopatch import exemption, forward
+from lpln_autopatch.norms import NAMES
+from lpln_autopatch.state import wrappers_held
+from lpln_autopatch.surgery import is_under_surgery, runs_torchs_forward
+from lpln_autopatch.torch_compat import (
+    autocast_dtype,
+    compiled_code_runs_eagerly,
+    every_module_hooked,
+    uncompiled,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A norm-like module.
+    """Norm calls of one module that are alike.
 
     Attributes:
-        name: Its qualified name in the model; "" is the model itself.
-        module_class: Its class.
-        verdict: What becomes of its calls.
-        reason: Why.
-        other_names: Further names of the same module. It is counted once.
+        name: The qualified name of the innermost module that was running; "" is the model itself.
+        norm: "layer_norm", "group_norm" or "rms_norm"; of a module that called none its class.
+        calls: How many there were.
+        input_dtype: The dtype that went in. None if there was no call.
+        output_dtype: The dtype that came out, likewise.
+        lowered: Whether they ran in the autocast dtype.
+        reason: Why they did not; or who lowered them, where the precision in force did not.
     """
 
     name: str
-    module_class: type[torch.nn.Module]
-    verdict: Verdict
+    norm: str
+    calls: int
+    input_dtype: torch.dtype | None
+    output_dtype: torch.dtype | None
+    lowered: bool
     reason: str
-    other_names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The norm-like modules of a model. Prints as a table.
+    """The norm calls of a model, then the norms that were not called. Prints as a table.
 
     Attributes:
-        rows: One for each, in the order of `named_modules`.
-        in_force: What is in force for those that are lowered, in a sentence.
+        rows: A row for the calls of one module that are alike.
+        training: The mode in which the model ran, and was left; None if it did not run.
     """
 
     rows: tuple[Row, ...]
-    in_force: str
+    training: bool | None
 
     @property
-    def summary(self) -> str:
-        """How many of how many are covered, in a line."""
-        covered = sum(row.verdict.covered for row in self.rows)
-        unsure = sum(row.verdict is Verdict.MAYBE for row in self.rows)
-        more = f", {unsure} more may be" if unsure else ""
-        return f"{covered} of {len(self.rows)} norm-like modules are covered{more}."
+    def calls(self) -> int:
+        """How many norm calls there were."""
+        return sum(row.calls for row in self.rows)
+
+    @property
+    def lowered(self) -> int:
+        """How many of them were lowered."""
+        return sum(row.calls for row in self.rows if row.lowered)
 
     def __str__(self) -> str:
-        table = [("name", "class", "verdict", "reason")]
+        table = [("name", "norm", "calls", "input", "output", "lowered", "reason")]
         for row in self.rows:
-            names = " = ".join(name or "(the model)" for name in (row.name, *row.other_names[:2]))
-            if more_names := len(row.other_names[2:]):
-                names += f" +{more_names}"
-            table.append((names, row.module_class.__name__, str(row.verdict), row.reason))
-        widths = [max(len(line[column]) for line in table) for column in range(3)]
-        lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]])
-            for line in table
-        ]
-        return "\n".join([*lines, "", self.summary, self.in_force])
+            given, got = (str(d or "-")[6:] or "-" for d in (row.input_dtype, row.output_dtype))
+            lowered, name = "yes" if row.lowered else "no", row.name or "(the model)"
+            table.append((name, row.norm, str(row.calls), given, got, lowered, row.reason))
+        mode = "training" if self.training else "evaluation"
+        last = f"The model ran in {mode} mode, and is left in it.\n"
+        last += f"{self.lowered} of {self.calls} norm calls are lowered"
+        if self.training is None:
+            table = [(name, norm, mark) for name, norm, *_, mark in table]  # type: ignore[misc]
+            last = "Nothing was run. Only running tells what is lowered: report(model, *inputs)"
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
+        return "\n".join([*lines, "", last])
 
 
-def report(model: torch.nn.Module) -> Report:
-    """Say of every norm-like module of `model` whether its calls are lowered, and why.
+def report(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Report:
+    """Run `model` once, and say of every norm call whether it was lowered, and why not.
 
-    Norm-like is what is a LayerNorm, derives from another norm of torch.nn, is called a norm and
-    has no modules inside, or calls `layer_norm` in its forward. It is looked at and never run, and
-    nothing is patched: a module that the model never calls is reported like one that it does.
+    It runs as a call of `model` here would: under the precision and the autocast in force, with
+    gradients or without, in the training mode that it is in. `train()` and `eval()` are not called:
+    in training mode a BatchNorm updates its statistics, and dropout draws random numbers. Compiled
+    code runs eagerly. Calls in other threads are not seen. No hook or wrapper is left behind.
 
-    "Lowered" holds while a precision is active that engages for the autocast dtype, and autocast
-    is on; the report's last line says what is in force now. It may be asked before: what runs
-    LayerNorm.forward will be lowered by whatever becomes active.
+    Seen are the calls of `torch.nn.functional.layer_norm`, `group_norm` and `rms_norm`, those of
+    modules under surgery, and modules that are norms by their class and call none of these.
 
     Args:
         model: Any module, compiled or wrapped for distribution or not.
+        args: Its inputs. Without any the model is not run: its norms are listed, on meta too.
+        kwargs: Its keyword inputs.
 
     Returns:
-        One row for each, and what is in force. Prints as a table.
+        A report that prints as a table.
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"report() takes a torch.nn.Module, not {type(model)}.")
-    # Not named_modules(remove_duplicate=False), which never ends where modules form a cycle.
-    names = defaultdict(list, {id(model): [""]})
-    for name, module in model.named_modules():
-        for child_name, child in module._modules.items():
-            names[id(child)].append(f"{name}.{child_name}" if name else child_name)
-    rows = []
-    readings: Readings = {}
-    for name, module in model.named_modules():
-        if (judgement := judge(name, module, readings)) is not None:
-            others = tuple(other for other in names[id(module)] if other != name)
-            rows.append(Row(name, type(module), *judgement, others))
-    return Report(tuple(rows), _in_force())
+    model = uncompiled(model)
+    names = {module: name for name, module in model.named_modules()}
+    if not args and not kwargs:
+        return Report(tuple(_norms(names)), None)
+    training = model.training
+    recorder = _Recorder(names)
+    with _one_at_a_time, compiled_code_runs_eagerly(), wrappers_held(), recorder.in_place():
+        model(*args, **kwargs)
+    rows = [dataclasses.replace(row, calls=calls) for row, calls in recorder.rows.items()]
+    uncalled = {module: name for module, name in names.items() if module not in recorder.called}
+    return Report((*rows, *_norms(uncalled, "not called")), training)
 
 
-def _in_force() -> str:
-    request = state.current()
-    if request is None:
-        return "No precision is active: until one is, nothing is lowered but by surgery."
-    dtypes = " or ".join(str(dtype) for dtype in request.lowering.dtypes)
-    effect = (
-        f"lowers under autocast to {dtypes}"
-        if dtypes
-        else "never engages: nothing is lowered but by surgery"
-    )
-    active = f"{request.precision}, backend {request.backend}, from {request.source}"
-    return f"Active: {active}. It {effect}."
+class _Recorder:
+    """Sees the norm calls of this thread, in modules that have these names."""
+
+    def __init__(self, names: Mapping[torch.nn.Module, str]) -> None:
+        self.rows: Counter[Row] = Counter()  # and the calls of each
+        self.called: set[torch.nn.Module] = set()
+        self._names = names
+        self._thread: int | None = threading.get_ident()
+        # The modules that are running, their names, and how many calls there were before.
+        self._running: list[tuple[torch.nn.Module | None, str, int]] = [(None, "", 0)]
+        # Of the running call: the dtype to which it is lowered, or why it is stock.
+        self._decision: torch.dtype | str | None = None
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Record what happens inside."""
+        # Above our wrappers, so that a block inside the model finds them and puts no others on.
+        wrappers = {n: functools.partial(self._call, n, getattr(F, n)) for n in NAMES}
+        try:
+            with every_module_hooked(self._enter, self._leave):
+                for norm, wrapper in wrappers.items():
+                    setattr(F, norm, functools.update_wrapper(wrapper, wrapper.args[1]))
+                yield
+        finally:
+            self._thread = None  # what another patcher has wrapped since cannot be taken off
+            for norm, wrapper in wrappers.items():
+                if getattr(F, norm) is wrapper:
+                    setattr(F, norm, wrapper.args[1])
+
+    def _call(self, norm: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        # What another patcher's LayerNorm.forward calls is rounded above that: see `_leave`.
+        if threading.get_ident() != self._thread or exemption.why_stock() == exemption.BENEATH:
+            return function(*args, **kwargs)
+        x = args[0] if args else kwargs.get("input")
+        weight = args[2] if len(args) > 2 else kwargs.get("weight")
+        inside = self._decision is not None  # a function mode or a tensor's class calls it anew
+        if self._decision in (None, "__torch_function__"):
+            self._decision = _decide(forward.active, norm, x, weight)
+        if inside:
+            return function(*args, **kwargs)
+        try:
+            y = function(*args, **kwargs)
+            self._record(norm, x, y, self._decision)
+        finally:
+            self._decision = None
+        return y
+
+    def _enter(self, module: torch.nn.Module, args: object) -> None:
+        if threading.get_ident() == self._thread:
+            name = self._names.get(module, self._running[-1][1])
+            self._running.append((module, name, self.rows.total()))
+            self.called.add(module)
+
+    def _leave(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        # Not the last one, where a module above it raised, before torch 2.0.
+        found = [at for at, running in enumerate(self._running) if running[0] is module]
+        if threading.get_ident() == self._thread and found:
+            del self._running[found[-1] + 1 :]
+            if output is not None and self._running[-1][2] == self.rows.total():
+                self._record_module(module, _first_tensor(args, kwargs), _first_tensor(output))
+            self._running.pop()
+
+    def _record_module(self, module: Any, x: Tensor | None, y: Tensor | None) -> None:
+        """Record the call of a module that has called no function."""
+        by, lowering = "", forward.active
+        if is_under_surgery(module):
+            by, lowering = "surgery", module._lowering
+        elif not runs_torchs_forward(module):  # which is another patcher's, if it calls none
+            if _is_norm(self._running[-1][1], module):
+                reason = "calls no norm function of torch.nn.functional"
+                self._record(type(module).__name__, x, y, reason)
+            return
+        decision = _decide(lowering, "layer_norm", x, module.weight)
+        is_exempt = exemption.MARK in module.__dict__
+        self._record("layer_norm", x, y, "exempt" if is_exempt else decision, by)
+
+    def _record(self, norm: str, x: Any, y: Any, decision: torch.dtype | str, by: str = "") -> None:
+        given, got = getattr(x, "dtype", None), getattr(y, "dtype", None)
+        lowered, reason = got == decision, by
+        if not lowered:
+            # PyTorch's own functions give float32 for float32.
+            lowered = given is torch.float32 and got == autocast_dtype(x.device.type)
+            stock = decision if isinstance(decision, str) else f"another patcher gives {got}"
+            reason = "another patcher" if lowered else stock
+        self.rows[Row(self._running[-1][1], norm, 0, given, got, lowered, reason)] += 1
+
+
+def _decide(lowering: Any, norm: str, x: object, weight: Any) -> torch.dtype | str:
+    return forward.decide(lowering, norm, x, weight) if lowering else "no precision is active"
+
+
+def _first_tensor(*tree: object) -> Tensor | None:
+    leaves = torch.utils._pytree.tree_flatten(tree)[0]
+    return next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+
+
+# Wrappers come off in reverse order. Reentrant: a model may report on a part of itself.
+_one_at_a_time = threading.RLock()
+
+# A word of its own: not "Normalize", which is of data, nor "NormalMLP", nor "Enormous". BatchNorm
+# and InstanceNorm have statistics of their own, and autocast leaves them alone.
+_NORM = re.compile(r"(Norm|(^|_)norm|(?i:layer|rms|group)(?i:norm))(?![a-z])(?!\w*Loss)")
+_OTHER = re.compile(r"(?i:batch|instance|response)_?(?i:norm)")
+
+
+def _is_norm(name: str, module: torch.nn.Module) -> bool:
+    """Whether `module` is a norm by its class. One with modules inside is a block."""
+    if "parametrizations" in name.split("."):  # weight_norm and spectral_norm are modules
+        return False
+    called = type(module).__name__
+    inside = module._modules.keys() - {"parametrizations"}
+    is_one = _NORM.search(called) and not _OTHER.search(called) and not inside
+    return bool(is_one) or isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm))
+
+
+def _norms(names: Mapping[torch.nn.Module, str], reason: str = "") -> Iterator[Row]:
+    """A row without calls for each norm among these. The reason is this one or the norm's mark."""
+    for module, name in names.items():
+        if _is_norm(name, module):
+            surgery = "surgery" if is_under_surgery(module) else ""
+            mark = "exempt" if exemption.MARK in module.__dict__ else surgery
+            yield Row(name, type(module).__name__, 0, None, None, False, reason or mark)

@@ -1,13 +1,11 @@
 """Who asked for what, in which order, and which request is in force: the state of the process.
 
-torch is imported by what needs it, not by this module: with LPLN_PRECISION set, importing torch
-comes back here, and must find a module that is whole.
+torch is imported by what needs it, not by this module, for the reason that request.py gives.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import threading
@@ -16,71 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from lpln_autopatch.precision import NoEffectWarning, Precision
-
 if TYPE_CHECKING:
-    from lpln_autopatch.backends import Backend
-    from lpln_autopatch.forward import Lowering
     from lpln_autopatch.patch import Patches
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What somebody asked for.
-
-    Attributes:
-        precision: When norms are lowered.
-        backend: The name of what normalises, as it was chosen: never "auto".
-        normalise: What normalises.
-        norms: The names of the norms that are lowered.
-        source: "environment", "enable", "block" or "surgery".
-    """
-
-    precision: Precision
-    backend: str
-    normalise: Backend
-    norms: tuple[str, ...]
-    source: str
-
-    @classmethod
-    def parse(
-        cls, precision: object, backend: str, norms: object, source: str, argument: str
-    ) -> Request:
-        """The request that these names make; `argument` is where `precision` came from.
-
-        Raises:
-            ValueError: precision, backend or norms is not a valid name.
-            ImportError: the backend cannot be used here.
-        """
-        # Before our own modules that import it: if this is its first import and LPLN_PRECISION
-        # is set, it comes back to us, and must not find one of them half imported.
-        import torch  # noqa: F401
-
-        from lpln_autopatch import backends
-        from lpln_autopatch import norms as known_norms
-
-        parsed = Precision.parse(precision, argument)
-        named = known_norms.resolve(norms)
-        return cls(parsed, *backends.resolve(backend, parsed), named, source)
-
-    @functools.cached_property
-    def lowering(self) -> Lowering:
-        """What the hot path reads while this request is in force."""
-        import torch
-
-        from lpln_autopatch.forward import Lowering
-
-        dtypes = tuple(d for d in (torch.float16, torch.bfloat16) if self.precision.engages(d))
-        return Lowering(str(self.precision), dtypes, self.norms, self.normalise)
-
-    def warn_never_engages(self, stacklevel: int) -> None:
-        """Say that this request lowers nothing."""
-        warnings.warn(
-            f"precision {str(self.precision)!r} never engages: norms stay as PyTorch has them. "
-            "Use 'amp', 'amp_fp16' or 'amp_bf16' to run them in the autocast dtype.",
-            NoEffectWarning,
-            stacklevel=stacklevel + 1,
-        )
+    from lpln_autopatch.request import Request
 
 
 # Process-wide, not thread-local: autograd recomputes checkpoints in threads of its own.
@@ -90,6 +26,7 @@ _blocks: dict[object, Request | None] = {}
 # Whether the wrappers stay, inert, once nothing is in force: from the first request until the
 # base is cleared. Entering and leaving blocks in a loop must not patch every time.
 _keep_wrappers = False
+_holds = 0  # How many need the wrappers on, whatever is in force: see `wrappers_held`.
 
 # Nothing is imported, compiled or told to the user while it is held. Reentrant, because the garbage
 # collector may close a block in the middle of a change: the change around it then follows both.
@@ -176,10 +113,28 @@ def _again(request: Request | None) -> Iterator[None]:
             _blocks.pop(token, None)
 
 
+@contextlib.contextmanager
+def wrappers_held() -> Iterator[None]:
+    """Have the wrappers of every norm on, inert or not. None is put on or taken off inside."""
+    global _holds
+    patches = _patches()
+    with _change():
+        were_on = patches.on()
+        patches.install()
+        _holds += 1
+    try:
+        yield
+    finally:
+        with _change(warn=False):
+            _holds -= 1
+            requests = filter(None, (_base, *_blocks.values()))
+            patches.remove(were_on.union(*(request.norms for request in requests)))
+
+
 def is_installed() -> bool:
     """Whether our wrappers are on the norms, active or inert."""
     with _lock:
-        return _patches().are_on()
+        return bool(_patches().on())
 
 
 @functools.cache
@@ -219,7 +174,7 @@ def _change(warn: bool = True) -> Iterator[None]:
             while _open_changes == 1 and seen != _revision:
                 seen = _revision
                 drop |= _set_active()
-                if _base is None and not _blocks and not _keep_wrappers:
+                if _base is None and not _blocks and not _keep_wrappers and not _holds:
                     left = patches.remove()
         finally:
             _open_changes -= 1

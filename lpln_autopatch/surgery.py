@@ -15,7 +15,7 @@ from torch import Tensor
 from lpln_autopatch.exemption import MARK
 from lpln_autopatch.forward import decide, run_backend
 from lpln_autopatch.precision import NoEffectWarning, Precision
-from lpln_autopatch.state import Request
+from lpln_autopatch.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,7 +119,7 @@ def apply_low_precision_layernorm(
         return {}
     changed: dict[str, torch.nn.LayerNorm] = {}
     for name, module in model.named_modules():
-        if _runs_torchs_forward(module):
+        if runs_torchs_forward(module):
             module.__class__ = _low_precision_class(type(module))
         if isinstance(module, LPLayerNorm):
             module._lowering = request.lowering
@@ -169,7 +169,13 @@ def _check_is_module(model: object, function: str) -> None:
         raise TypeError(f"{function}() takes a torch.nn.Module, not {type(model)}.")
 
 
-def _runs_torchs_forward(module: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm]:
+def is_under_surgery(module: torch.nn.Module) -> bool:
+    """Whether `module` lowers its calls by itself."""
+    return isinstance(module, LPLayerNorm) and getattr(module, "_lowering", None) is not None
+
+
+def runs_torchs_forward(module: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm]:
+    """Whether `module` is a LayerNorm that runs `torch.nn.LayerNorm.forward` as it is now."""
     return (
         isinstance(module, torch.nn.LayerNorm)
         and type(module).forward is torch.nn.LayerNorm.forward

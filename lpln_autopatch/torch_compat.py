@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -17,7 +18,6 @@ import wrapt
 TORCH_VERSION = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-
 
 if TORCH_VERSION >= (2, 4):
 
@@ -169,6 +169,36 @@ def _without_defaults(function: Callable[..., Any]) -> Callable[..., Any]:
         return copy(*args, **kwargs)
 
     return traced
+
+
+def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The module that `torch.compile` was called for to make `model`, or `model` itself."""
+    original = vars(model).get("_modules", {}).get("_orig_mod")
+    is_compiled = type(model).__module__.startswith("torch._dynamo.")
+    return original if is_compiled and original is not None else model
+
+
+def compiled_code_runs_eagerly() -> AbstractContextManager[Any]:
+    """Have what was compiled run as Python, in every thread. until torch 2.6: it cannot."""
+    can = TORCH_VERSION >= (2, 6) and "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if can else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def every_module_hooked(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+    """Call `enter(module, args)` and `leave(module, args, kwargs, output)` around every forward.
+
+    If it raises, `output` is None and kwargs are empty. until torch 2.0: no `leave`, no kwargs.
+    """
+
+    def after(module: torch.nn.Module, args: Any, *rest: Any) -> None:
+        leave(module, args, rest[0] if len(rest) == 2 else {}, rest[-1])
+
+    hooks = torch.nn.modules.module
+    options = {"with_kwargs": True, "always_call": True} if HOOKS_RUN_ALWAYS else {}
+    before = hooks.register_module_forward_pre_hook(enter)
+    with before, hooks.register_module_forward_hook(after, **options):
+        yield
 
 
 def loads_entry_points() -> bool | None:

@@ -1,0 +1,77 @@
+"""What somebody asks for: a precision, a backend and norms, by name, from whichever way in.
+
+torch is imported by what needs it, not by this module: with LPLN_PRECISION set, importing torch
+comes back here, and must find a module that is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from typing import TYPE_CHECKING
+
+from lpln_autopatch.precision import NoEffectWarning, Precision
+
+if TYPE_CHECKING:
+    from lpln_autopatch.backends import Backend
+    from lpln_autopatch.forward import Lowering
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What somebody asked for.
+
+    Attributes:
+        precision: When norms are lowered.
+        backend: The name of what normalises, as it was chosen: never "auto".
+        normalise: What normalises.
+        norms: The names of the norms that are lowered.
+        source: "environment", "enable", "block" or "surgery".
+    """
+
+    precision: Precision
+    backend: str
+    normalise: Backend
+    norms: tuple[str, ...]
+    source: str
+
+    @classmethod
+    def parse(
+        cls, precision: object, backend: str, norms: object, source: str, argument: str
+    ) -> Request:
+        """The request that these names make; `argument` is where `precision` came from.
+
+        Raises:
+            ValueError: precision, backend or norms is not a valid name.
+            ImportError: the backend cannot be used here.
+        """
+        # Before our own modules that import it: if this is its first import and LPLN_PRECISION
+        # is set, it comes back to us, and must not find one of them half imported.
+        import torch  # noqa: F401
+
+        from lpln_autopatch import backends
+        from lpln_autopatch import norms as known_norms
+
+        parsed = Precision.parse(precision, argument)
+        named = known_norms.resolve(norms)
+        return cls(parsed, *backends.resolve(backend, parsed), named, source)
+
+    @functools.cached_property
+    def lowering(self) -> Lowering:
+        """What the hot path reads while this request is in force."""
+        import torch
+
+        from lpln_autopatch.forward import Lowering
+
+        dtypes = tuple(d for d in (torch.float16, torch.bfloat16) if self.precision.engages(d))
+        return Lowering(str(self.precision), dtypes, self.norms, self.normalise)
+
+    def warn_never_engages(self, stacklevel: int) -> None:
+        """Say that this request lowers nothing."""
+        warnings.warn(
+            f"precision {str(self.precision)!r} never engages: norms stay as PyTorch has them. "
+            "Use 'amp', 'amp_fp16' or 'amp_bf16' to run them in the autocast dtype.",
+            NoEffectWarning,
+            stacklevel=stacklevel + 1,
+        )
