@@ -787,3 +787,33 @@ def test_variable_with_a_backend_that_does_not_load_stops_the_process(third_part
     assert FAULTS[name] in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("lpln_autopatch: ")
+
+
+@pytest.mark.parametrize("package", [False, True])
+def test_backend_that_imports_torch_may_be_imported_first(tmp_path, package):
+    """LPLN_BACKEND names a module whose first line is `import torch`: it is loaded when called.
+
+    Imported before torch, it is only half there when the variable is read.
+    """
+    home = tmp_path / "half" if package else tmp_path
+    home.mkdir(exist_ok=True)
+    (tmp_path / "half" / "__init__.py" if package else tmp_path / "half.py").write_text(
+        "import torch\ncalls = []\n"
+        "def normalise(x, shape, weight, bias, eps, dtype):\n"
+        "    calls.append(eps)\n"
+        "    return torch.layer_norm(x, shape, weight, bias, eps).to(dtype)\n"
+        "not_a_function = 0\n"
+    )
+    (tmp_path / "half-1.0.dist-info").mkdir()
+    (tmp_path / "half-1.0.dist-info" / "METADATA").write_text("Name: half\nVersion: 1.0\n")
+    (tmp_path / "half-1.0.dist-info" / "entry_points.txt").write_text(
+        "[lpln_autopatch.backends]\nhalf = half:normalise\nwrong = half:not_a_function\n"
+    )
+    environment = {"PYTHONPATH": f"{A_ROUTE['PYTHONPATH']}:{tmp_path}"}
+    code = "import half, torch, lpln_autopatch\n" + DTYPE + "print(dtype(), half.calls)\n"
+    code += "print(lpln_autopatch.status().backend)"
+    variables = {"LPLN_PRECISION": "amp", **A_ROUTE, **environment}
+    result = run_python("-c", code, LPLN_BACKEND="half", **variables)
+    assert result.stdout.splitlines() == ["torch.bfloat16 [1e-05]", "half"]
+    result = run_python("-c", code, check=False, LPLN_BACKEND="wrong", **variables)
+    assert "LPLN_BACKEND='wrong': the backend half:not_a_function is 0" in result.stderr

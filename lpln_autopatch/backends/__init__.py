@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from importlib_metadata import entry_points
+from importlib_metadata import EntryPoint, entry_points
 
 from lpln_autopatch import torch_compat
 from lpln_autopatch.backends import apex, fused, native
@@ -85,16 +87,47 @@ def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
             raise ImportError(f"{argument}={name!r}: {error}") from error
     for entry_point in entry_points(group=GROUP, name=name):
         where = f"{argument}={name!r}: the backend {entry_point.value}"
-        try:
-            backend = entry_point.load()
-        except Exception as error:
-            raise ImportError(
-                f"{where} does not load: {error!r}. Repair or uninstall it, or name another one."
-            ) from error
-        if not callable(backend):
-            raise ImportError(f"{where} is {backend!r}, not a function. Name another one.")
-        return name, backend
+        load = functools.cache(functools.partial(_load, entry_point, where))
+        return name, _once_imported(load) if _is_being_imported(entry_point.module) else load()
     raise ValueError(f"{argument}={name!r} is not a backend. Valid: auto, {', '.join(names())}.")
+
+
+def _load(entry_point: EntryPoint, where: str) -> Backend:
+    try:
+        backend: Backend = entry_point.load()
+    except Exception as error:
+        raise ImportError(
+            f"{where} does not load: {error!r}. Repair or uninstall it, or name another one."
+        ) from error
+    if not callable(backend):
+        raise ImportError(f"{where} is {backend!r}, not a function. Name another one.")
+    return backend
+
+
+def _is_being_imported(module: str) -> bool:
+    """Whether `module`, or a package that it is in, is only half there.
+
+    So it is if its first line imports torch, which activates us, and LPLN_BACKEND names it.
+    """
+    parts = module.split(".")
+    packages = [sys.modules.get(".".join(parts[: n + 1])) for n in range(len(parts))]
+    return any(getattr(getattr(p, "__spec__", None), "_initializing", False) for p in packages)
+
+
+def _once_imported(load: Callable[[], Backend]) -> Backend:
+    """A backend that is loaded when it is first called."""
+
+    def backend(
+        x: torch.Tensor,
+        normalized_shape: Sequence[int],
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        return load()(x, normalized_shape, weight, bias, eps, dtype)
+
+    return torch_compat.never_a_frame_of_its_own(backend)
 
 
 def names() -> list[str]:
