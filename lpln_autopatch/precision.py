@@ -28,7 +28,8 @@ class Precision(str, enum.Enum):
     """When LayerNorm is lowered. The names are Composer's, plus `AMP`.
 
     `Precision("bf16")`, `Precision("AMP_BF16")` and `Precision(torch.bfloat16)` are one member:
-    case and space around it do not matter, and dtypes and `composer.core.Precision` members are understood.
+    case and space around a name do not matter, and dtypes and `composer.core.Precision` members
+    are understood.
 
     Attributes:
         AMP: Engages for the autocast dtype in force, float16 or bfloat16.
