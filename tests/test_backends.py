@@ -189,7 +189,8 @@ def third_party(tmp_path_factory):
             """
             import torch
             def normalise(x, normalized_shape, weight, bias, eps, dtype):
-                return torch.full_like(x, 7, dtype=dtype)
+                y = torch.nn.functional.layer_norm(x, normalized_shape)
+                return torch.full_like(y, 7, dtype=dtype)
             """
         )
     )
@@ -199,7 +200,10 @@ def third_party(tmp_path_factory):
 
 
 def test_third_party_backend(third_party):
-    """A backend of another distribution is found by name, imported only then, and runs."""
+    """A backend of another distribution is found by name, imported only then, and runs.
+
+    It calls PyTorch's function, which is not lowered again.
+    """
     code = """
         import sys, torch, lpln_autopatch
         lpln_autopatch.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from importlib_metadata import entry_points
 
 from lpln_autopatch import torch_compat
 from lpln_autopatch.backends import apex, fused, native
+from lpln_autopatch.exemption import run_stock
 from lpln_autopatch.precision import Precision
 
 
@@ -48,6 +50,26 @@ class Backend(Protocol):
             RuntimeError: trailing dimensions of `x` differ from normalized_shape (PyTorch's own
                 message).
         """
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shielded:
+    """The backend of another package. It may call `F.layer_norm`, which would lower by it again."""
+
+    backend: Backend
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        normalized_shape: Sequence[int],
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        arguments = (x, normalized_shape, weight, bias, eps, dtype)
+        y: torch.Tensor = run_stock("inside a backend", self.backend, *arguments)
+        return y
 
 
 GROUP = "lpln_autopatch.backends"
@@ -93,7 +115,7 @@ def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
             ) from error
         if not callable(backend):
             raise ImportError(f"{where} is {backend!r}, not a function. Name another one.")
-        return name, backend
+        return name, _Shielded(backend)
     raise ValueError(f"{argument}={name!r} is not a backend. Valid: auto, {', '.join(names())}.")
 
 
