@@ -13,11 +13,11 @@ import torch.utils.checkpoint
 import wrapt
 
 from lpln_autopatch.checkpointing import Block, captures_function, recomputes_function
+from lpln_autopatch.dynamo import trace_through
 from lpln_autopatch.norms import NAMES, TARGETS
 from lpln_autopatch.torch_compat import (
     CHECKPOINT_ENTRIES,
     CHECKPOINT_RECOMPUTATIONS,
-    trace_through,
 )
 
 

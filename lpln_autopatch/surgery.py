@@ -16,6 +16,7 @@ from lpln_autopatch.exemption import MARK
 from lpln_autopatch.forward import decide, run_backend
 from lpln_autopatch.precision import NoEffectWarning, Precision
 from lpln_autopatch.request import Request
+from lpln_autopatch.torch_compat import traced_like_torchs_own
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -182,6 +183,9 @@ def runs_torchs_forward(module: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm
         and "forward" not in vars(module)
     )
 
+
+# What surgery changes, Dynamo treats as it treats the norms that it does not change.
+traced_like_torchs_own(LPLayerNorm.forward, torch.nn.modules.normalization)
 
 _classes: dict[type[torch.nn.LayerNorm], type[LPLayerNorm]] = {torch.nn.LayerNorm: LPLayerNorm}
 

@@ -298,6 +298,37 @@ def test_compiled_model_follows(layer_norm):
         assert output_dtype(compiled) is FP32
 
 
+class BehindGraphBreaks(nn.Module):
+    """LayerNorms of different widths, none of which is in a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in range(8, 20))
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        for width, norm in enumerate(self.norms, 8):
+            torch._dynamo.graph_break()
+            y = norm(x[:, :width])
+        return y
+
+
+@needs_dynamo
+@pytest.mark.parametrize("surgery", [False, True])
+def test_norms_behind_graph_breaks_are_no_frames_of_their_own(surgery):
+    """Nothing is compiled for them, as for stock ones; a LayerNorm that is compiled itself is."""
+    from torch._dynamo.testing import CompileCounter
+
+    model, norm, count = BehindGraphBreaks(), nn.LayerNorm(8), CompileCounter()
+    if surgery:
+        apply_low_precision_layernorm(nn.ModuleList([model, norm]))
+    dtype = BF16 if surgery else FP32
+    assert output_dtype(torch.compile(model, backend=count), torch.randn(4, 32)) is dtype
+    assert count.frame_count == 0
+    assert output_dtype(torch.compile(norm, backend=count, fullgraph=True)) is dtype
+    assert count.frame_count == 1
+
+
 @pytest.mark.skipif(TORCH_VERSION < (2, 0), reason="torch 1.13's parametrize differs; CI runs it")
 def test_parametrized_layernorm():
     """The class that a parametrization makes inherits forward: lowered, with its weight."""

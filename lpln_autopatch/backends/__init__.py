@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from importlib_metadata import entry_points
+from importlib_metadata import EntryPoint, entry_points
 
 from lpln_autopatch import torch_compat
 from lpln_autopatch.backends import apex, fused, native
@@ -53,10 +55,13 @@ class Backend(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shielded:
-    """The backend of another package. It may call `F.layer_norm`, which would lower by it again."""
+class _OfAnotherPackage:
+    """A backend of another package, loaded when it is first called if not before.
 
-    backend: Backend
+    If it calls `F.layer_norm`, that is stock, and not lowered by it again.
+    """
+
+    load: Callable[[], Backend]
 
     def __call__(
         self,
@@ -68,7 +73,7 @@ class _Shielded:
         dtype: torch.dtype,
     ) -> torch.Tensor:
         arguments = (x, normalized_shape, weight, bias, eps, dtype)
-        y: torch.Tensor = run_stock("inside a backend", self.backend, *arguments)
+        y: torch.Tensor = run_stock("inside a backend", self.load(), *arguments)
         return y
 
 
@@ -107,16 +112,33 @@ def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
             raise ImportError(f"{argument}={name!r}: {error}") from error
     for entry_point in entry_points(group=GROUP, name=name):
         where = f"{argument}={name!r}: the backend {entry_point.value}"
-        try:
-            backend = entry_point.load()
-        except Exception as error:
-            raise ImportError(
-                f"{where} does not load: {error!r}. Repair or uninstall it, or name another one."
-            ) from error
-        if not callable(backend):
-            raise ImportError(f"{where} is {backend!r}, not a function. Name another one.")
-        return name, _Shielded(backend)
+        load = functools.cache(functools.partial(_load, entry_point, where))
+        if not _is_being_imported(entry_point.module):
+            load()
+        return name, _OfAnotherPackage(load)
     raise ValueError(f"{argument}={name!r} is not a backend. Valid: auto, {', '.join(names())}.")
+
+
+def _load(entry_point: EntryPoint, where: str) -> Backend:
+    try:
+        backend: Backend = entry_point.load()
+    except Exception as error:
+        raise ImportError(
+            f"{where} does not load: {error!r}. Repair or uninstall it, or name another one."
+        ) from error
+    if not callable(backend):
+        raise ImportError(f"{where} is {backend!r}, not a function. Name another one.")
+    return backend
+
+
+def _is_being_imported(module: str) -> bool:
+    """Whether `module`, or a package that it is in, is only half there.
+
+    So it is if its first line imports torch, which activates us, and LPLN_BACKEND names it.
+    """
+    parts = module.split(".")
+    packages = [sys.modules.get(".".join(parts[: n + 1])) for n in range(len(parts))]
+    return any(getattr(getattr(p, "__spec__", None), "_initializing", False) for p in packages)
 
 
 def names() -> list[str]:
@@ -142,3 +164,6 @@ def automatic(precision: Precision) -> str:
         )
         return "native"
     return "apex"
+
+
+torch_compat.never_a_frame_of_its_own(_OfAnotherPackage.__call__)
