@@ -11,7 +11,7 @@ import torch
 from importlib_metadata import entry_points
 
 from lpln_autopatch import torch_compat
-from lpln_autopatch.backends import apex, fused, native
+from lpln_autopatch.backends import apex, fused, lean, native
 from lpln_autopatch.precision import Precision
 
 
@@ -56,6 +56,7 @@ GROUP = "lpln_autopatch.backends"
 _BUILT_IN: dict[str, Callable[[], Backend]] = {
     "native": lambda: native.normalise,
     "fused": fused.load,
+    "lean": lean.load,
     "apex": apex.load,
 }
 
@@ -64,8 +65,8 @@ def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
     """The backend that `name` chooses for `precision`: its own name, and what normalises.
 
     Args:
-        name: "auto", "native", "fused", "apex", or the name of an entry point in the group
-            `lpln_autopatch.backends`. "auto" is what LPLN_BACKEND says, or else the rule of
+        name: "auto", "native", "fused", "lean", "apex", or the name of an entry point in the
+            group `lpln_autopatch.backends`. "auto" is what LPLN_BACKEND says, or else the rule of
             `automatic`.
         precision: What is asked for.
 
