@@ -58,6 +58,7 @@ _BUILT_IN: dict[str, Callable[[], Backend]] = {
     "fused": fused.load,
     "lean": lean.load,
     "apex": apex.load,
+    "apex_lean": apex.load_lean,
 }
 
 
@@ -65,9 +66,9 @@ def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
     """The backend that `name` chooses for `precision`: its own name, and what normalises.
 
     Args:
-        name: "auto", "native", "fused", "lean", "apex", or the name of an entry point in the
-            group `lpln_autopatch.backends`. "auto" is what LPLN_BACKEND says, or else the rule of
-            `automatic`.
+        name: "auto", "native", "fused", "lean", "apex", "apex_lean", or the name of an entry point
+            in the group `lpln_autopatch.backends`. "auto" is what LPLN_BACKEND says, or else the
+            rule of `automatic`.
         precision: What is asked for.
 
     Raises:
