@@ -14,7 +14,7 @@ import torch
 from importlib_metadata import EntryPoint, entry_points
 
 from lpln_autopatch import torch_compat
-from lpln_autopatch.backends import apex, fused, native
+from lpln_autopatch.backends import apex, fused, lean, native
 from lpln_autopatch.exemption import run_stock
 from lpln_autopatch.precision import Precision
 
@@ -83,7 +83,9 @@ GROUP = "lpln_autopatch.backends"
 _BUILT_IN: dict[str, Callable[[], Backend]] = {
     "native": lambda: native.normalise,
     "fused": fused.load,
+    "lean": lean.load,
     "apex": apex.load,
+    "apex_lean": apex.load_lean,
 }
 
 
@@ -91,9 +93,9 @@ def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
     """The backend that `name` chooses for `precision`: its own name, and what normalises.
 
     Args:
-        name: "auto", "native", "fused", "apex", or the name of an entry point in the group
-            `lpln_autopatch.backends`. "auto" is what LPLN_BACKEND says, or else the rule of
-            `automatic`.
+        name: "auto", "native", "fused", "lean", "apex", "apex_lean", or the name of an entry point
+            in the group `lpln_autopatch.backends`. "auto" is what LPLN_BACKEND says, or else the
+            rule of `automatic`.
         precision: What is asked for.
 
     Raises:
