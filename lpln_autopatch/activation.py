@@ -89,8 +89,9 @@ class low_precision_layernorm(contextlib.ContextDecorator):
     Raises:
         ValueError: precision, backend or norms is not a valid name.
         ImportError: the backend cannot be used here.
-        TypeError: what it decorates is a generator or coroutine function: its body would run
-            after the block had closed. Or it is used as a decorator without parentheses.
+        TypeError: it decorates a generator or coroutine function, whose body would run after the
+            block had closed, or a class or a module, which are no functions. Or it is used as a
+            decorator without parentheses.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class low_precision_layernorm(contextlib.ContextDecorator):
         backend: str = "auto",
         norms: str | Iterable[str] | None = None,
     ) -> None:
-        if inspect.isroutine(precision):
+        if inspect.isroutine(precision) or inspect.isclass(precision):
             raise TypeError(
                 f"low_precision_layernorm got {precision!r} as its precision. "
                 "As a decorator it needs parentheses: @low_precision_layernorm()."
@@ -114,6 +115,7 @@ class low_precision_layernorm(contextlib.ContextDecorator):
                 f"low_precision_layernorm decorates {function!r}, whose body runs after the call "
                 "has returned and the block has closed. Use a `with` block inside it."
             )
+        _refuse_what_is_no_function(function)
         return super().__call__(function)
 
     def __enter__(self) -> None:
@@ -186,6 +188,22 @@ def enable_from(precision: object, backend: str, norms: object, source: str, arg
         request.backend,
         request.source,
     )
+
+
+def _refuse_what_is_no_function(decorated: object) -> None:
+    """Calling a class makes an instance, and a module that became a function is no module."""
+    import torch
+
+    if inspect.isclass(decorated):
+        raise TypeError(
+            f"low_precision_layernorm decorates the class {decorated.__qualname__}: only making an "
+            "instance would be inside the block. Decorate its `forward`, or use a `with` block."
+        )
+    if isinstance(decorated, torch.nn.Module):
+        raise TypeError(
+            f"low_precision_layernorm decorates a module, {type(decorated).__qualname__}. Use a "
+            "`with` block around its calls, or apply_low_precision_layernorm(module)."
+        )
 
 
 def _runs_its_body_later(function: Callable[..., Any]) -> bool:

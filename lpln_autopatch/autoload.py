@@ -17,7 +17,7 @@ acted: str | None = None
 
 def is_set() -> bool:
     """Whether LPLN_PRECISION asks for anything, valid or not."""
-    return os.environ.get(_VARIABLE, "").lower() not in _AS_IF_UNSET
+    return os.environ.get(_VARIABLE, "").strip().lower() not in _AS_IF_UNSET
 
 
 def on_torch_import(torch: object = None, route: str | None = None) -> None:

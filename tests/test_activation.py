@@ -126,6 +126,16 @@ def test_decorator_without_parentheses_is_explained():
             pass
 
 
+def test_block_refuses_to_decorate_a_class_or_a_module(layer_norm):
+    """A class, with or without parentheses, and a module: a TypeError that says what to do."""
+    with pytest.raises(TypeError, match="Decorate its `forward`"):
+        low_precision_layernorm("bf16")(torch.nn.LayerNorm)
+    with pytest.raises(TypeError, match="needs parentheses"):
+        low_precision_layernorm(torch.nn.LayerNorm)
+    with pytest.raises(TypeError, match=r"with.*apply_low_precision_layernorm"):
+        low_precision_layernorm("bf16")(layer_norm)
+
+
 def test_status_shows_a_variable_that_nobody_read(monkeypatch):
     """LPLN_PRECISION that is set while nothing is in force is visible in status()."""
     monkeypatch.setenv("LPLN_PRECISION", "amp")
