@@ -38,9 +38,9 @@ def enable(
         precision: When to lower: "amp" (whatever autocast runs in), "amp_fp16" or
             torch.float16, "amp_bf16", "bf16" or torch.bfloat16. Composer's "fp32", "fp16" and
             "amp_fp8" are accepted and never lower, with a `NoEffectWarning`.
-        backend: What normalises: "native", "fused", "apex", the name of a backend that another
-            package brings, or "auto": what LPLN_BACKEND says, or else native. LayerNorm's alone:
-            the other norms are native's.
+        backend: What normalises: "native", "fused", "lean", "apex", "apex_lean", the name of a
+            backend that another package brings, or "auto": what LPLN_BACKEND says, or else native.
+            LayerNorm's alone: the other norms are native's.
         norms: What is lowered: "layer_norm", "group_norm", "rms_norm" (from torch 2.4 on), several
             of them in a list or separated by commas, or "all". By default what LPLN_NORMS says, or
             else "layer_norm".

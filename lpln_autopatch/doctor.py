@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 VARIABLES = (
     "LPLN_PRECISION",
     "LPLN_BACKEND",
+    "LPLN_NORMS",
     "TORCH_DEVICE_BACKEND_AUTOLOAD",
     "AUTOWRAPT_BOOTSTRAP",
     "PYTHONPATH",
 )
+
+_MODULES = {"layer_norm": "LayerNorm", "group_norm": "GroupNorm", "rms_norm": "RMSNorm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,20 +36,21 @@ class Diagnosis:
         environment: The variables that matter, None where unset.
         precision: The precision in force, or None.
         backend: What normalises, or None.
-        source: "environment", or None; "enable" or "block" if code that runs as Python starts, in a
-            sitecustomize for example, has called that.
-        installed: Whether the wrapper is on `LayerNorm.forward`.
+        norms: The names of the norms that are lowered, or None.
+        source: "environment", or None; "enable" or "block" if a sitecustomize has called that.
+        installed: Whether our wrappers are on.
         acted: The route that activated, or None.
         routes: The ways of activation without code, and whether each is open.
         backends: Every backend that can be named, and whether it can be used.
         devices: The devices that torch sees.
-        problem: Why LPLN_PRECISION is set and does not lower LayerNorm, or what fails; or None.
+        problem: Why LPLN_PRECISION, which is set, lowers nothing, or what fails; or None.
     """
 
     versions: dict[str, str | None]
     environment: dict[str, str | None]
     precision: str | None = None
     backend: str | None = None
+    norms: tuple[str, ...] | None = None
     source: str | None = None
     installed: bool = False
     acted: str | None = None
@@ -56,22 +60,21 @@ class Diagnosis:
     problem: str | None = None
 
     def __str__(self) -> str:
-        in_force = ("precision", "backend", "source", "installed", "acted")
+        in_force = ("precision", "backend", "norms", "source", "installed", "acted")
+        values = {**vars(self), "norms": self.norms and ", ".join(self.norms)}
         sections: dict[str, dict[str, object]] = {
             "versions": dict(self.versions),
             "environment": dict(self.environment),
-            "in force": {name: getattr(self, name) for name in in_force},
+            "in force": {name: values[name] for name in in_force},
             "routes": dict(self.routes),
             "backends": dict(self.backends),
             "devices": dict.fromkeys(self.devices, ""),
         }
         lines = []
         for title, rows in sections.items():
-            if rows:
-                lines.append(title)
+            lines += [title] if rows else []
             for name, value in rows.items():
-                shown = "-" if value is None else value
-                lines.append(f"  {name:30} {shown}".rstrip())
+                lines.append(f"  {name:30} {'-' if value is None else value}".rstrip())
         return "\n".join([*lines, "", self.verdict])
 
     @property
@@ -83,12 +86,13 @@ class Diagnosis:
             value = self.environment.get("LPLN_PRECISION")
             how = "is not set" if value is None else f"is {value!r}"
             return f"LPLN_PRECISION {how}: LayerNorm is as PyTorch has it."
-        by = f"{self.source} in this process"
-        if self.source == "environment":
-            by = f"the route {self.acted}"
+        zero_code = self.source == "environment"
+        by = f"the route {self.acted}" if zero_code else f"{self.source} in this process"
+        norms = " and ".join(_MODULES[norm] for norm in self.norms or ())
+        verb = "are" if " " in norms else "is"
         if not Precision(self.precision).ever_engages:
-            return f"LayerNorm is not lowered: precision {self.precision} never engages, by {by}."
-        return f"LayerNorm is lowered: precision {self.precision}, by {by}."
+            return f"{norms} {verb} stock: precision {self.precision} never engages, by {by}."
+        return f"{norms} {verb} lowered: precision {self.precision}, by {by}."
 
 
 def diagnose() -> Diagnosis:
@@ -112,20 +116,18 @@ def _look(common: Diagnosis) -> Diagnosis:
     """`common`, with everything that takes torch."""
     import torch  # noqa: F401
 
-    from lpln_autopatch import backends, state, torch_compat
+    from lpln_autopatch import backends, state, status, torch_compat
 
-    request, routes = state.current(), find_routes()
+    now, routes = status(), find_routes()
     return dataclasses.replace(
         common,
-        precision=str(request.precision) if request else None,
-        backend=request.backend if request else None,
-        source=request.source if request else None,
-        installed=state.is_installed(),
+        precision=str(now.precision) if now.precision else None,
+        **{name: getattr(now, name) for name in ("backend", "norms", "source", "installed")},
         acted=autoload.acted,
         routes=routes,
         backends={name: _backend(name) for name in ("auto", *backends.names())},
         devices=torch_compat.devices(),
-        problem=_problem(request, routes) if autoload.is_set() else None,
+        problem=_problem(state.current(), routes) if autoload.is_set() else None,
     )
 
 
@@ -162,22 +164,24 @@ def _problem(request: Request | None, routes: dict[str, Finding]) -> str | None:
 
 
 def _why_stock(request: Request) -> str | None:
-    """By running one LayerNorm on the CPU: what is in force may still be hidden by a patcher."""
+    """By running each norm on the CPU: what is in force may still be hidden by a patcher."""
     import torch
 
     from lpln_autopatch.torch_compat import autocast_dtype
 
     dtype = request.lowering.dtypes[-1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with torch.autocast("cpu", dtype=dtype):
+    for norm in request.norms:
+        name = _MODULES[norm]
+        module = getattr(torch.nn, name)(*([2] if norm == "group_norm" else []), 8)
+        with warnings.catch_warnings(), torch.autocast("cpu", dtype=dtype):
+            warnings.simplefilter("ignore")
             if autocast_dtype("cpu") is not dtype:  # until torch 2.4: no float16 there
                 return None
             try:
-                y = torch.nn.LayerNorm(8)(torch.zeros(1, 8))
+                gives = module(torch.zeros(1, 8)).dtype
             except Exception as error:
-                return f"a LayerNorm on the CPU fails: {error!r}."
-    if y.dtype is dtype:
-        return None
-    forward = vars(torch.nn.modules.normalization.LayerNorm)["forward"]
-    return f"a LayerNorm under autocast to {dtype} gives {y.dtype}: its forward is {forward!r}."
+                return f"a {name} on the CPU fails: {error!r}."
+        if gives is not dtype:
+            runs = f"{type(module).forward!r} and {getattr(torch.nn.functional, norm)!r}"
+            return f"a {name} under autocast to {dtype} gives {gives}: its forward is {runs}."
+    return None

@@ -91,14 +91,20 @@ def test_recipe_is_composers(layer_norm):
 
 
 def test_call_gives_every_ratio(tmp_path):
-    """Stock, inert, lowered and the recipe, in every case, each with its ratio to stock."""
+    """Stock, inert, lowered and the recipe, in every case, each with its ratio to stock.
+
+    And the function by itself, stock and inert.
+    """
     printed, written = bench(tmp_path, "call")
     assert list(written) == ["call"]
     assert "pass forward and backward, M 4096, N 1024, input float32" in printed
     assert len(contenders(written["call"])) == (8 if CPU_TAKES_MIXED_DTYPES else 4)
     for names in contenders(written["call"]):
-        assert sorted(names) == sorted(["stock", "inert", *OURS, "Composer's recipe"])
+        functions = ["stock F.layer_norm", "inert F.layer_norm"]
+        assert sorted(names) == sorted(["stock", "inert", *OURS, "Composer's recipe", *functions])
     for row in written["call"]:
+        if row["contender"] == "inert F.layer_norm":
+            assert row["figures"]["/ stock F.layer_norm"]["median"] < 100
         if row["contender"] in ("inert", "lowered (native)"):
             assert row["figures"]["/ stock"]["median"] < 100
     native = [row["figures"] for row in written["call"] if row["contender"] == OURS[0]]

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from support import autocast, run_python
+from support import autocast, run_elsewhere, run_python
 
 from lpln_autopatch import LPLayerNorm
 
@@ -17,9 +17,7 @@ HAS_COMPOSER = importlib.util.find_spec("composer") is not None
 if os.environ.get("LPLN_TEST_COMPOSER") and not HAS_COMPOSER:
     raise ImportError("LPLN_TEST_COMPOSER is set, and Composer is not installed")
 
-needs_composer = pytest.mark.skipif(
-    not HAS_COMPOSER, reason="needs MosaicML Composer; `make test-composer`, and CI, have it"
-)
+needs_composer = run_elsewhere(not HAS_COMPOSER, "make test-composer")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -216,7 +214,7 @@ def test_values_are_near_composers_layernorm(dtype):
     assert (got - exact).norm() <= (expected - exact).norm()
 
 
-@pytest.mark.skipif(HAS_COMPOSER, reason="Composer is installed; `make test` runs without")
+@run_elsewhere(HAS_COMPOSER, "make test")
 def test_missing_composer_is_named():
     """Without Composer the integration says what it needs and how to get it."""
     result = run_python("-c", "import lpln_autopatch.integrations.composer", check=False)

@@ -33,8 +33,20 @@ def test_route_that_acted_is_named(route):
     status, found = doctor(LPLN_PRECISION="bf16", **ROUTES[route])
     assert (status, found["problem"], found["acted"]) == (0, None, route)
     assert found["routes"][route] == {"usable": True, "detail": ""}
-    in_force = [found[key] for key in ("precision", "backend", "source", "installed")]
-    assert in_force == ["amp_bf16", "native", "environment", True]
+    in_force = [found[key] for key in ("precision", "backend", "norms", "source", "installed")]
+    assert in_force == ["amp_bf16", "native", ["layer_norm"], "environment", True]
+
+
+def test_norms_are_those_of_the_variable():
+    """LPLN_NORMS is among the variables; what it names is in force, is tried, and is said."""
+    result = run_python(
+        "-m", "lpln_autopatch", LPLN_PRECISION="bf16", LPLN_NORMS="group_norm", **A_ROUTE
+    )
+    rows = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+    assert ["LPLN_NORMS", "group_norm"] in rows
+    assert ["norms", "group_norm"] in rows
+    last = "GroupNorm is lowered: precision amp_bf16, by the route sitecustomize."
+    assert result.stdout.splitlines()[-1] == last
 
 
 @pytest.mark.parametrize("value", ["", "off"])
@@ -53,6 +65,7 @@ def test_nothing_asked_for_is_no_problem(value):
     [
         ({"LPLN_PRECISION": "bf61", **A_ROUTE}, "LPLN_PRECISION='bf61' is not a precision"),
         ({"LPLN_PRECISION": "fp32", **A_ROUTE}, "precision 'fp32' never engages."),
+        ({"LPLN_PRECISION": "amp", "LPLN_NORMS": "x", **A_ROUTE}, "LPLN_NORMS='x': 'x' is no"),
         ({"LPLN_PRECISION": "amp", "LPLN_BACKEND": "x", **A_ROUTE}, "LPLN_BACKEND='x' is not"),
         (
             {"LPLN_PRECISION": "amp", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
@@ -144,7 +157,7 @@ def test_call_in_the_process_is_not_taken_for_a_route(tmp_path, call, environmen
     if call == "enable('fp32')" and "LPLN_PRECISION" not in environment:
         assert result.returncode == 0
         never = "precision fp32 never engages, by enable in this process."
-        assert last == f"LayerNorm is not lowered: {never}"
+        assert last == f"LayerNorm is stock: {never}"
     elif problem is None:
         assert result.returncode == 0
         assert last == "LayerNorm is lowered: precision amp_bf16, by enable in this process."

@@ -230,14 +230,15 @@ def test_unset_costs_less_than_a_millisecond():
         import time, torch, sys
         from importlib.metadata import entry_points
         (entry_point,) = entry_points(group="torch.backends", name="lpln_autopatch")
-        for name in [n for n in sys.modules if n.startswith("lpln_autopatch")]:
-            del sys.modules[name]
-        start = time.perf_counter()
-        entry_point.load()()
-        print(time.perf_counter() - start)
+        for _ in range(20):
+            for name in [n for n in sys.modules if n.startswith("lpln_autopatch")]:
+                del sys.modules[name]
+            start = time.perf_counter()
+            entry_point.load()()
+            print(time.perf_counter() - start)
     """
     # The least of them: a busy machine only adds.
-    assert min(float(run_python("-c", textwrap.dedent(code)).stdout) for _ in range(5)) < 0.001
+    assert min(map(float, run_python("-c", textwrap.dedent(code)).stdout.split())) < 0.001
 
 
 @needs_autoload

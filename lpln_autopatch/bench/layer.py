@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lpln_autopatch.bench import timing
 from lpln_autopatch.bench.results import Figure, Row, ratios, short
-from lpln_autopatch.bench.rivals import STOCK, Contender, composer, sift
+from lpln_autopatch.bench.rivals import STOCK, STOCK_FUNCTION, Contender, composer, sift
 from lpln_autopatch.bench.timing import Entry
 
 PASSES = {False: "forward", True: "forward and backward"}
@@ -88,6 +88,8 @@ class Layer:
                 explains.
         """
         run: Callable[[Tensor], Tensor] = self.module
+        if contender.function is not None:
+            run = self._calling(contender.function())
         if contender.compiled:
             run = torch.compile(self.module, fullgraph=True, dynamic=False)
         self._runs[contender] = run
@@ -100,6 +102,11 @@ class Layer:
         limits = {name: limit if name in ("y", "dx") else PARAMETER_LIMIT for name in errors}
         timing.require(errors, limits)
         return {"gives": gives, **{f"error {n}": error for n, error in errors.items()}}
+
+    def _calling(self, function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        m = self.module
+        shape, weight, bias, eps = m.normalized_shape, m.weight, m.bias, m.eps
+        return lambda x: function(x, shape, weight, bias, eps)
 
     @contextlib.contextmanager
     def _context(self, contender: Contender) -> Iterator[None]:
@@ -141,7 +148,7 @@ def rows_of(
     passed, reasons = checked
     aspects = layer.case.aspects(backward)
     rows = [Row(aspects, contender.name, reason=reason) for contender, reason in reasons.items()]
-    baselines = (STOCK.name, composer(layer.device).name)
+    baselines = (STOCK.name, STOCK_FUNCTION.name, composer(layer.device).name)
     for contender, entry in zip(passed, entries, strict=True):
         checks = {n: f for n, f in passed[contender].items() if backward or n in OF_FORWARD}
         ratio = ratios(entry, entries, baselines)
