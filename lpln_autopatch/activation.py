@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -106,8 +107,8 @@ class low_precision_layernorm(contextlib.ContextDecorator):
                 "As a decorator it needs parentheses: @low_precision_layernorm()."
             )
         self._request = Request.parse(precision, backend, norms, "block", "precision")
-        # Threads that share one instance must each leave what they entered.
-        self._entered: list[tuple[int, object]] = []
+        # Threads, and asyncio's tasks, that share one instance must each leave what they entered.
+        self._entered: list[tuple[object, object]] = []
 
     def __call__(self, function: _F) -> _F:
         if _runs_its_body_later(function):
@@ -126,12 +127,12 @@ class low_precision_layernorm(contextlib.ContextDecorator):
                 self._request.warn_never_engages(stacklevel=2)
         token = object()
         state.enter(self._request, token)
-        self._entered.append((threading.get_ident(), token))
+        self._entered.append((_who(), token))
 
     def __exit__(self, *exc_info: object) -> None:
-        # The last of this thread's; if another thread entered, the last of all.
-        thread = threading.get_ident()
-        mine = [entry for entry in self._entered if entry[0] == thread] or self._entered
+        # The last of this thread's or task's; if another one entered, the last of all.
+        who = _who()
+        mine = [entry for entry in self._entered if entry[0] == who] or self._entered
         entry = mine[-1]
         self._entered.remove(entry)
         state.leave(entry[1])
@@ -188,6 +189,16 @@ def enable_from(precision: object, backend: str, norms: object, source: str, arg
         request.backend,
         request.source,
     )
+
+
+def _who() -> object:
+    """What enters a block: a task of asyncio, or else a thread."""
+    asyncio = sys.modules.get("asyncio")  # without it there is no task, and importing it is dear
+    try:
+        task = asyncio.current_task() if asyncio is not None else None
+    except RuntimeError:  # no event loop runs in this thread
+        task = None
+    return threading.get_ident() if task is None else task
 
 
 def _refuse_what_is_no_function(decorated: object) -> None:

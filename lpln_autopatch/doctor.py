@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-import sys
 import warnings
-from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import TYPE_CHECKING
 
 from lpln_autopatch import autoload
 from lpln_autopatch.precision import Precision
+from lpln_autopatch.routes import Finding, find_routes, installed_version
 
 if TYPE_CHECKING:
     from lpln_autopatch.request import Request
@@ -26,22 +25,6 @@ VARIABLES = (
 )
 
 _MODULES = {"layer_norm": "LayerNorm", "group_norm": "GroupNorm", "rms_norm": "RMSNorm"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """Whether something can be used here.
-
-    Attributes:
-        usable: Whether it can.
-        detail: Why not, or what it is.
-    """
-
-    usable: bool
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{'yes' if self.usable else 'no'}{self.detail and f': {self.detail}'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,22 +83,27 @@ class Diagnosis:
         if self.problem is not None:
             return f"LPLN_PRECISION does not lower LayerNorm: {self.problem}"
         if self.precision is None:
-            return "LPLN_PRECISION is not set: LayerNorm is as PyTorch has it."
+            value = self.environment.get("LPLN_PRECISION")
+            how = "is not set" if value is None else f"is {value!r}"
+            return f"LPLN_PRECISION {how}: LayerNorm is as PyTorch has it."
         zero_code = self.source == "environment"
         by = f"the route {self.acted}" if zero_code else f"{self.source} in this process"
         norms = " and ".join(_MODULES[norm] for norm in self.norms or ())
         verb = "are" if " " in norms else "is"
+        if not Precision(self.precision).ever_engages:
+            return f"{norms} {verb} not lowered: precision {self.precision} never engages, by {by}."
         return f"{norms} {verb} lowered: precision {self.precision}, by {by}."
 
 
 def diagnose() -> Diagnosis:
     """Import torch, as a program would, and look at what that has done."""
-    versions = {name: _version(name) for name in ("lpln_autopatch", "torch", "wrapt")}
     common = Diagnosis(
-        versions={**versions, "python": platform.python_version()},
+        versions={"python": platform.python_version()},
         environment={name: os.environ.get(name) for name in VARIABLES},
     )
     try:
+        versions = {name: installed_version(name) for name in ("lpln_autopatch", "torch", "wrapt")}
+        common = dataclasses.replace(common, versions={**versions, **common.versions})
         return _look(common)
     except SystemExit as error:  # our own, at a wrong variable
         return dataclasses.replace(common, problem=str(error).removeprefix("lpln_autopatch: "))
@@ -130,7 +118,7 @@ def _look(common: Diagnosis) -> Diagnosis:
 
     from lpln_autopatch import backends, state, status, torch_compat
 
-    now, routes = status(), _routes()
+    now, routes = status(), find_routes()
     return dataclasses.replace(
         common,
         precision=str(now.precision) if now.precision else None,
@@ -141,56 +129,6 @@ def _look(common: Diagnosis) -> Diagnosis:
         devices=torch_compat.devices(),
         problem=_problem(state.current(), routes) if autoload.is_set() else None,
     )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _routes() -> dict[str, Finding]:
-    why_closed = {
-        "torch.backends": _why_no_entry_point(),
-        "sitecustomize": _why_no_sitecustomize(),
-        "autowrapt": _why_no_autowrapt(),
-    }
-    return {name: Finding(not reason, reason) for name, reason in why_closed.items()}
-
-
-def _why_no_entry_point() -> str:
-    from lpln_autopatch import torch_compat
-
-    loads = torch_compat.loads_entry_points()
-    if loads is None:
-        return "torch before 2.5 loads no entry points"
-    if not loads:
-        return "TORCH_DEVICE_BACKEND_AUTOLOAD switches it off"
-    if not entry_points(group="torch.backends", name="lpln_autopatch"):
-        return "lpln_autopatch is not installed, only on the path"
-    return ""
-
-
-def _why_no_sitecustomize() -> str:
-    module = sys.modules.get("sitecustomize")
-    # By a name of it: the file may have been copied.
-    if hasattr(module, "_activate_when_torch_is_imported"):
-        return ""
-    other = getattr(module, "__file__", None)
-    found = f": {other} is the one that Python found" if other else ""
-    return f"sitecustomize_example is not first on PYTHONPATH{found}"
-
-
-def _why_no_autowrapt() -> str:
-    if _version("autowrapt") is None:
-        return "autowrapt is not installed: pip install autowrapt"
-    named = os.environ.get("AUTOWRAPT_BOOTSTRAP", "").split(",")
-    if "lpln_autopatch" not in (name.strip() for name in named):
-        return "AUTOWRAPT_BOOTSTRAP does not name lpln_autopatch"
-    if not entry_points(group="lpln_autopatch", name="torch"):
-        return "lpln_autopatch is not installed, only on the path"
-    return ""
 
 
 def _backend(name: str) -> Finding:

@@ -20,6 +20,12 @@ from lpln_autopatch.torch_compat import (
     CHECKPOINT_RECOMPUTATIONS,
 )
 
+if not hasattr(wrapt, "wrapper_chain"):
+    raise ImportError(
+        f"lpln_autopatch needs wrapt 2.4 or later, and this is {wrapt.__version__}. "  # type: ignore[attr-defined]
+        "Update it: pip install 'wrapt>=2.4'."
+    )
+
 
 @dataclasses.dataclass
 class Patch:

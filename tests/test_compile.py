@@ -12,7 +12,7 @@ import wrapt
 from support import autocast, needs_dynamo, output_dtype, run_python
 
 import lpln_autopatch as lpln
-from lpln_autopatch import NoEffectWarning, low_precision_layernorm
+from lpln_autopatch import NoEffectWarning, forward, low_precision_layernorm
 
 pytestmark = needs_dynamo
 
@@ -156,6 +156,18 @@ def test_float64_and_other_dtypes(model):
         exact = model.double()(x.double())
         assert ((y - exact).norm() / exact.norm()) < 2 * torch.finfo(BF16).eps
         assert output_dtype(torch.compile(model, fullgraph=True), x.double()) is torch.float64
+
+
+def test_warning_that_is_an_error_is_logged_while_compiling(model, caplog):
+    """Where warnings are errors Dynamo cannot pass it on: it is logged, and the code is stock."""
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with warnings.catch_warnings(), low_precision_layernorm("amp_fp16"):
+        warnings.simplefilter("error", NoEffectWarning)
+        assert output_dtype(compiled) is FP32
+        assert "amp_fp16" in caplog.text
+        forward._warned.clear()
+        with pytest.raises(NoEffectWarning, match="amp_fp16"):
+            output_dtype(model)
 
 
 def test_autocast_of_the_other_dtype_warns_from_compiled_code(model):

@@ -130,6 +130,40 @@ def test_wrapper_of_somebody_else_beneath_is_called(theirs, layer_norm):
         LayerNorm.forward = original
 
 
+class Descriptor:
+    """A function of a module that is neither a function nor a partialmethod."""
+
+    def __get__(self, module, owner=None):
+        return self if module is None else lambda x: x * 3
+
+
+FOREIGN = {
+    "another norm's": getattr(torch.nn.modules.normalization, "RMSNorm", LayerNorm).forward,
+    "partialmethod": functools.partialmethod(lambda self, scale, x: x * scale, 2),
+    "descriptor": Descriptor(),
+    "torch's, of another class": torch.nn.GELU.forward,
+}
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "RMSNorm"), reason="needs torch 2.4; CI has it")
+@pytest.mark.parametrize("theirs", FOREIGN.values(), ids=FOREIGN)
+def test_only_torchs_own_forward_is_replaced(theirs, layer_norm, monkeypatch):
+    """Whatever else is there runs as it is: its output is rounded, and disable() gives it back."""
+    layer_norm.approximate = "none"  # of GELU
+    monkeypatch.setattr(LayerNorm, "forward", theirs)
+    x = torch.randn(4, 8)
+    expected = layer_norm(x)
+    lpln.enable()
+    with autocast():
+        lowered = layer_norm(x)
+        assert torch.equal(lowered, expected.to(BF16))
+        lpln.exempt(layer_norm)
+        assert torch.equal(layer_norm(x), expected)
+    assert torch.equal(layer_norm(x), expected)
+    lpln.disable()
+    assert vars(LayerNorm)["forward"] is theirs
+
+
 def test_enable_after_somebody_put_the_original_back(layer_norm):
     """A patcher that restores what it saved removes ours: the next enable() puts it on again."""
     original = vars(LayerNorm)["forward"]

@@ -242,6 +242,14 @@ def test_unset_costs_less_than_a_millisecond():
 
 
 @needs_autoload
+def test_barred_module_of_ours_is_no_fault():
+    """Tests bar a module by setting it to None in sys.modules: we activate all the same."""
+    first = "import sys; sys.modules['lpln_autopatch.integrations.composer'] = None"
+    result = run_python("-c", f"{first}\n{PROGRAM}", LPLN_PRECISION="amp")
+    assert result.stdout.split() == ["torch.bfloat16"]
+
+
+@needs_autoload
 @pytest.mark.parametrize(
     "first",
     [
