@@ -91,7 +91,7 @@ class Diagnosis:
         norms = " and ".join(_MODULES[norm] for norm in self.norms or ())
         verb = "are" if " " in norms else "is"
         if not Precision(self.precision).ever_engages:
-            return f"{norms} {verb} not lowered: precision {self.precision} never engages, by {by}."
+            return f"{norms} {verb} stock: precision {self.precision} never engages, by {by}."
         return f"{norms} {verb} lowered: precision {self.precision}, by {by}."
 
 

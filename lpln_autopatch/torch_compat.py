@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
 import re
 import sys
 import types
@@ -128,10 +129,13 @@ def traced_like_torchs_own(function: _F, module: types.ModuleType) -> _F:
     """The same for a function that may be what is compiled: `torch.compile(nn.LayerNorm(8))`.
 
     torch.compile adds a frame above a module whose forward Dynamo would skip, and it judges that
-    by the file's name, here made one of torch's `module`. Tracebacks show both files.
+    by the file's name, here made one of torch's `module`. Tracebacks show both files, and inspect
+    and debuggers find the source under that name, too.
     """
     code = function.__code__
-    function.__code__ = code.replace(co_filename=f"{module.__file__} <- {code.co_filename}")
+    name = f"{module.__file__} <- {code.co_filename}"
+    function.__code__ = code.replace(co_filename=name)
+    linecache.lazycache(name, function.__globals__)
     return function
 
 

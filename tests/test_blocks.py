@@ -1,35 +1,34 @@
-"""The block that callbacks open for a training."""
+"""What the callbacks share, without a trainer."""
 
 from __future__ import annotations
 
-import copy
+import gc
 
-import pytest
 import torch
 from support import output_dtype
 
-from lpln_autopatch import status
+import lpln_autopatch as lpln
 from lpln_autopatch.integrations.blocks import Blocks
 
 
 class Training:
-    """Stands for a Trainer, or for the state of one."""
+    """What a trainer passes to its callbacks."""
 
 
-def test_every_training_has_the_norms_that_were_named():
-    """An iterator of names holds for the second training too, and in a copy."""
-    blocks = Blocks("bf16", "native", iter(["group_norm"]))
-    for each in (blocks, blocks, copy.deepcopy(blocks)):
-        training = Training()
-        each.enter(training)
-        assert status().norms == ("group_norm",)
-        assert output_dtype(torch.nn.GroupNorm(2, 8)) is torch.bfloat16
-        assert output_dtype(torch.nn.LayerNorm(8)) is torch.float32
-        each.leave(training)
-        assert output_dtype(torch.nn.GroupNorm(2, 8)) is torch.float32
-
-
-def test_wrong_norm_is_refused_at_once():
-    """Not when a training begins."""
-    with pytest.raises(ValueError, match="norms='layernorm': 'layernorm' is not a norm"):
-        Blocks("bf16", "native", "layernorm")
+def test_training_that_never_ends_is_forgotten_when_it_is_gone(layer_norm):
+    """Its block is left, and nothing of it is kept; those that end are forgotten at once."""
+    blocks = Blocks("bf16", "native", None)
+    ended, gone = Training(), Training()
+    for training in (ended, gone, gone):
+        blocks.enter(training)
+    assert output_dtype(layer_norm) is torch.bfloat16
+    assert len(blocks._leave) == 2
+    blocks.leave(ended)
+    blocks.leave(ended)
+    assert output_dtype(layer_norm) is torch.bfloat16
+    assert len(blocks._leave) == 1
+    del training, gone
+    gc.collect()
+    assert len(blocks._leave) == 0
+    assert output_dtype(layer_norm) is torch.float32
+    assert lpln.status().precision is None

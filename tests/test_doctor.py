@@ -157,7 +157,7 @@ def test_call_in_the_process_is_not_taken_for_a_route(tmp_path, call, environmen
     if call == "enable('fp32')" and "LPLN_PRECISION" not in environment:
         assert result.returncode == 0
         never = "precision fp32 never engages, by enable in this process."
-        assert last == f"LayerNorm is not lowered: {never}"
+        assert last == f"LayerNorm is stock: {never}"
     elif problem is None:
         assert result.returncode == 0
         assert last == "LayerNorm is lowered: precision amp_bf16, by enable in this process."

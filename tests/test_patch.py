@@ -11,7 +11,7 @@ import wrapt
 from support import autocast, output_dtype
 
 import lpln_autopatch as lpln
-from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch import low_precision_layernorm, norms
 from lpln_autopatch.torch_compat import CHECKPOINT_ENTRIES, CHECKPOINT_RECOMPUTATIONS
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -213,6 +213,23 @@ def test_inactive_process_is_bit_identical(layer_norm):
     assert equal(run(), untouched)
     lpln.disable()
     assert equal(run(), untouched)
+
+
+def test_source_of_a_wrapper_is_found():
+    """By inspect, under the file name that begins with torch's: of code, frames and LPLayerNorm."""
+    source = inspect.getsource(inspect.getmodule(norms.Target))
+    for target in norms.TARGETS:
+        code = inspect.getsource(target.wrapper.__code__)
+        assert code.startswith(f"def {target.wrapper.__name__}(")
+        assert code in source
+    assert "decide(lowering" in inspect.getsource(lpln.LPLayerNorm.forward.__code__)
+    torchs = inspect.getsource(torch.nn.functional.layer_norm)
+    lpln.enable()
+    assert inspect.getsource(torch.nn.functional.layer_norm) == torchs
+    with pytest.raises(RuntimeError) as error:
+        torch.nn.functional.layer_norm(torch.randn(2, 3), (4,))
+    _, ours, *_ = inspect.getinnerframes(error.tb)
+    assert "_layer_norm(" in ours.code_context[0]
 
 
 def test_patcher_that_came_and_went_leaves_no_trace():

@@ -51,11 +51,19 @@ class Blocks:
         self.leave(training)
         entered = contextlib.ExitStack()
         entered.enter_context(low_precision_layernorm(*self._arguments))
-        leave = self._leave[id(training)] = weakref.finalize(training, entered.close)
+        key = id(training)
+        leave = weakref.finalize(training, _end, self._leave, key, entered)
         leave.atexit = False
+        self._leave[key] = leave
 
     def leave(self, training: object) -> None:
         """Leave the block of `training`, if one is open."""
-        leave = self._leave.pop(id(training), None)
+        leave = self._leave.get(id(training))
         if leave is not None:
             leave()
+
+
+def _end(leave: dict[int, Any], key: int, entered: contextlib.ExitStack) -> None:
+    """Forget a training that has ended or is gone, and leave its block."""
+    leave.pop(key, None)
+    entered.close()
