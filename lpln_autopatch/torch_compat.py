@@ -73,9 +73,9 @@ def something_intercepts_operators() -> bool:
 
 # until torch 2.0: a module's forward hook does not run if the forward raises.
 HOOKS_RUN_ALWAYS = TORCH_VERSION >= (2, 0)
-
 HAS_RMS_NORM = TORCH_VERSION >= (2, 4)
-
+# until torch 2.13: Inductor takes a cast to low precision and back out of the graph.
+GRAPHS_KEEP_ROUNDED_INPUTS = TORCH_VERSION >= (2, 13)
 # until torch 2.2: stock LayerNorm on CPU refuses a low-precision x with float32 parameters.
 CPU_TAKES_MIXED_DTYPES = TORCH_VERSION >= (2, 2)
 
