@@ -64,10 +64,9 @@ def forward_mode_is_on() -> bool:
 
 
 def something_intercepts_operators() -> bool:
-    """Whether a functorch transform or a `TorchDispatchMode` (FakeTensorMode, ...) is active.
-
-    until torch 2.1: neither question can be asked.
-    """
+    """Whether a functorch transform or a `TorchDispatchMode` (FakeTensorMode, ...) is active."""
+    if TORCH_VERSION < (2, 1):  # until torch 2.1: neither question can be asked
+        return False
     return bool(torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
