@@ -96,11 +96,8 @@ def run_backend(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Normalise `x` in `dtype`: by the backend in eager mode, for what is compiled in float32.
-
-    No graph gets an autocast region: with one, torch 2.13's AOTAutograd cache is bypassed.
-    """
-    backend = native.normalise_in_float32 if is_compiling() else lowering.backend
+    """Normalise `x` in `dtype`: by the backend in eager mode, natively where code is compiled."""
+    backend = native.normalise if is_compiling() else lowering.backend
     return backend(x, normalized_shape, weight, bias, eps, dtype)
 
 

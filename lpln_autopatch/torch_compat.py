@@ -63,21 +63,21 @@ def forward_mode_is_on() -> bool:
 
 
 def something_intercepts_operators() -> bool:
-    """Whether a functorch transform or a `TorchDispatchMode` (FakeTensorMode, ...) is active.
-
-    until torch 2.1: neither question can be asked.
-    """
+    """Whether a functorch transform or a `TorchDispatchMode` (FakeTensorMode, ...) is active."""
+    if TORCH_VERSION < (2, 1):  # until torch 2.1: neither question can be asked
+        return False
     return bool(torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
 # until torch 2.0: a module's forward hook does not run if the forward raises.
 HOOKS_RUN_ALWAYS = TORCH_VERSION >= (2, 0)
-
 HAS_RMS_NORM = TORCH_VERSION >= (2, 4)
 
 # until torch 2.5: Dynamo puts a call of torch's own modules into the graph without tracing it.
 DYNAMO_TRACES_NORMS = TORCH_VERSION >= (2, 5)
 
+# until torch 2.13: Inductor takes a cast to low precision and back out of the graph.
+GRAPHS_KEEP_ROUNDED_INPUTS = TORCH_VERSION >= (2, 13)
 # until torch 2.2: stock LayerNorm on CPU refuses a low-precision x with float32 parameters.
 CPU_TAKES_MIXED_DTYPES = TORCH_VERSION >= (2, 2)
 

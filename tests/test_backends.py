@@ -157,6 +157,34 @@ def test_apex_leaves_to_native_what_it_does_not_take(install_apex, layer_norm):
     assert "apex.normalization.fused_layer_norm" not in sys.modules
 
 
+@pytest.mark.skipif(
+    torch_compat.TORCH_VERSION < (2, 1), reason="torch.func and its questions; CI has later ones"
+)
+def test_apex_never_gets_what_its_extension_cannot_take(install_apex, layer_norm):
+    """Under a functorch transform, fake, or an inference tensor to train on: native."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    install_apex("nvidia")
+    weight, bias = layer_norm.weight, layer_norm.bias
+
+    def normalise(x, *parameters):
+        return apex.normalise(x, (8,), *(parameters or (weight, bias)), 1e-5, BF16)
+
+    def loss(x):
+        return normalise(x.as_subclass(CudaTensor)).float().pow(3).sum()
+
+    x = torch.randn(4, 8)
+    assert torch.func.grad(loss)(x).abs().sum() > 0
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = FakeTensor(mode, torch.empty(4, 8, device="meta"), torch.device("cuda", 0))
+    assert normalise(fake, None, None).dtype is BF16
+    with torch.inference_mode():
+        inference = x.to(BF16).as_subclass(CudaTensor)
+    normalise(inference).sum().backward()
+    assert weight.grad.dtype is FP32
+    assert "apex.normalization.fused_layer_norm" not in sys.modules
+
+
 def test_old_torch_takes_apex_for_bfloat16(install_apex, monkeypatch):
     """Before torch 1.13, auto is apex where bfloat16 may come; native with a warning without."""
     monkeypatch.setattr(torch_compat, "CUDA_NORMALISES_BFLOAT16", False)

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from lpln_autopatch.backends import native
-from lpln_autopatch.torch_compat import autocast_disabled, forward_mode_is_on
+from lpln_autopatch.torch_compat import (
+    autocast_disabled,
+    forward_mode_is_on,
+    something_intercepts_operators,
+)
 
 if TYPE_CHECKING:
     from lpln_autopatch.backends import Backend
@@ -21,6 +25,9 @@ _BUILD = (
     "Build it from source: git clone https://github.com/NVIDIA/apex, and in that folder "
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ./"
 )
+
+# What a class has that lets PyTorch's operators run on its tensors as they are.
+_NO_DISPATCH = getattr(torch.Tensor, "__torch_dispatch__", None)
 
 
 def load() -> Backend:
@@ -138,6 +145,16 @@ def _takes(
         # Its kernels have both parameters or none, and want a row.
         and (weight is None) == (bias is None)
         and x.numel() > 0
-        # Its autograd function has no forward-mode formula.
+        # Its autograd function has no formula for functorch's transforms and for forward mode,
+        # and its extension reads memory, which a fake tensor has not got.
+        and not something_intercepts_operators()
         and not forward_mode_is_on()
+        and not any(t is not None and _is_beyond_it(t) for t in (x, weight, bias))
+    )
+
+
+def _is_beyond_it(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` has a `__torch_dispatch__`, or autograd cannot save it for backward."""
+    return getattr(type(tensor), "__torch_dispatch__", None) is not _NO_DISPATCH or (
+        tensor.is_inference() and torch.is_grad_enabled()
     )
