@@ -76,6 +76,9 @@ HOOKS_RUN_ALWAYS = TORCH_VERSION >= (2, 0)
 
 HAS_RMS_NORM = TORCH_VERSION >= (2, 4)
 
+# until torch 2.13: no device made in Python; the lists of autocast in other words
+CAN_COUNT = TORCH_VERSION >= (2, 13)
+
 # until torch 2.2: stock LayerNorm on CPU refuses a low-precision x with float32 parameters.
 CPU_TAKES_MIXED_DTYPES = TORCH_VERSION >= (2, 2)
 

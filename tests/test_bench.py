@@ -369,7 +369,7 @@ def test_table_lists_the_absent_once():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["toast"], "'toast' is not a suite; valid: kernel, call, model, loss"),
+        (["toast"], "'toast' is not a suite; valid: count, kernel, call, model, loss"),
         (["--quik"], "unrecognized arguments: --quik"),
         (["call", "--rounds", "1"], "--rounds: 1 is not a number from 2 on"),
         (["kernel", "--features", "none"], "--features: none is not a number from 1 on"),

@@ -46,6 +46,18 @@ class ComposerRecipe(torch.nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
+class ComposerGroupNorm(torch.nn.GroupNorm):
+    """The same for GroupNorm: Composer's low-precision GroupNorm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        device_type = input.device.type
+        dtype = autocast_dtype(device_type)
+        x = input if dtype is None else input.to(dtype=dtype)
+        weight, bias = (_cast(parameter, dtype) for parameter in (self.weight, self.bias))
+        with torch.autocast(enabled=False, device_type=device_type):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
 def _cast(parameter: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return parameter if parameter is None or dtype is None else parameter.to(dtype=dtype)
 
@@ -56,22 +68,24 @@ class Contender:
 
     Attributes:
         name: What the tables call it.
-        load: The class that the LayerNorms take, looked for when it is needed.
+        load: The class that the LayerNorms take, looked for when it is needed; None: their own.
         backend: That of the block around it; None for no block.
+        norms: What the block lowers.
         compiled: Whether it runs under torch.compile.
         device_type: The only one that it runs on, or None.
     """
 
     name: str
-    load: Callable[[], LayerNormClass] = lambda: torch.nn.LayerNorm
+    load: Callable[[], LayerNormClass] | None = None
     backend: str | None = None
+    norms: str = "layer_norm"
     compiled: bool = False
     device_type: str | None = None
 
     def _block(self) -> contextlib.AbstractContextManager[object]:
         if self.backend is None:
             return contextlib.nullcontext()
-        return low_precision_layernorm(backend=self.backend)
+        return low_precision_layernorm(backend=self.backend, norms=self.norms)
 
     def gives(self, dtypes: Iterable[torch.dtype], autocast: torch.dtype) -> str:
         """The dtypes that its LayerNorms gave, in words.
@@ -91,16 +105,24 @@ class Contender:
         They keep their parameters and change their class, as in `apply_low_precision_layernorm`,
         so that all contenders run the same module.
         """
-        cls = self.load()
-        layers = [m for m in module.modules() if type(m) is torch.nn.LayerNorm]
-        for layer in layers:
-            layer.__class__ = cls
+        layers: dict[torch.nn.Module, type] = {}
+        if self.load is not None:
+            classes: dict[type[torch.nn.Module], type[torch.nn.Module]]
+            classes = {torch.nn.LayerNorm: self.load()}
+            if self.norms == "all":
+                classes[torch.nn.GroupNorm] = ComposerGroupNorm
+            # Subclasses too, as Composer's surgery does.
+            layers = {m: type(m) for m in module.modules() if isinstance(m, tuple(classes))}
+            for layer in layers:
+                layer.__class__ = next(
+                    new for old, new in classes.items() if isinstance(layer, old)
+                )
         try:
             with self._block():
                 yield
         finally:
-            for layer in layers:
-                layer.__class__ = torch.nn.LayerNorm
+            for layer, own in layers.items():
+                layer.__class__ = own
 
 
 def sift(
