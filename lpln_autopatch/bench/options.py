@@ -23,8 +23,9 @@ class Options:
         rounds: Rounds of timing.
         graph: Whether the kernel suite times replays of CUDA graphs.
         features: N, for the kernel suite.
-        models: Names, for the model suite.
-        modes: "eager", "compiled", for the model suite.
+        models: Names, for the model and count suites.
+        modes: "eager", "compiled", for the model and count suites.
+        norms: What is lowered, for the count suite.
         steps: Of training, for the loss suite.
         seeds: How many, for the loss suite.
         json: File for the rows.
@@ -39,6 +40,7 @@ class Options:
     features: list[int] | None = None
     models: list[str] | None = None
     modes: list[str] | None = None
+    norms: str | None = None
     steps: int | None = None
     seeds: int | None = None
     json: Path | None = None
