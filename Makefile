@@ -25,13 +25,13 @@ demo:
 
 # pytest's own command does not put the checkout on sys.path: what is tested is the wheel.
 test: $(INSTALLED)
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest --numprocesses auto --durations 10
 
 # The Triton kernels, on the CPU: the interpreter needs NumPy. Where there is a GPU, `make test`
 # runs them on it.
 test-fused: $(INSTALLED)
 	$(VENV)/bin/pip install --quiet triton numpy
-	TRITON_INTERPRET=1 $(VENV)/bin/pytest tests/test_fused.py
+	TRITON_INTERPRET=1 $(VENV)/bin/pytest --numprocesses auto tests/test_fused.py
 
 # Composer pins an old torch; without its pins it runs on the newest.
 test-composer: $(INSTALLED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -21,11 +22,17 @@ LayerNormClass = type[torch.nn.LayerNorm]
 _Passed = TypeVar("_Passed")
 
 
-class Stock(torch.nn.LayerNorm):
-    """torch's own LayerNorm beside the wrapper."""
+# This module sees torch's own function, before anything wraps it.
+_stock = types.SimpleNamespace(layer_norm=F.layer_norm)
 
-    # This module sees torch's own function, before anything wraps it.
-    forward = torch.nn.LayerNorm.forward
+
+class Stock(torch.nn.LayerNorm):
+    """torch's own LayerNorm, beside the wrappers."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _stock.layer_norm(  # type: ignore[no-any-return]
+            input, self.normalized_shape, self.weight, self.bias, self.eps
+        )
 
 
 class ComposerRecipe(torch.nn.LayerNorm):
@@ -58,6 +65,7 @@ class Contender:
         name: What the tables call it.
         load: The class that the LayerNorms take, looked for when it is needed.
         backend: That of the block around it; None for no block.
+        function: Looks for what is called in place of the module: `F.layer_norm` by itself.
         compiled: Whether it runs under torch.compile.
         device_type: The only one that it runs on, or None.
     """
@@ -65,6 +73,7 @@ class Contender:
     name: str
     load: Callable[[], LayerNormClass] = lambda: torch.nn.LayerNorm
     backend: str | None = None
+    function: Callable[[], Callable[..., Tensor]] | None = None
     compiled: bool = False
     device_type: str | None = None
 
@@ -218,6 +227,8 @@ def _quack() -> LayerNormClass:
 
 STOCK = Contender("stock", lambda: Stock)
 INERT = Contender("inert")
+STOCK_FUNCTION = Contender("stock F.layer_norm", function=lambda: _stock.layer_norm)
+INERT_FUNCTION = Contender("inert F.layer_norm", function=lambda: F.layer_norm)
 # On CPU fused and apex hand every call to native.
 LOWERED = (
     Contender("lowered (native)", backend="native"),
