@@ -173,6 +173,18 @@ def every_module_hooked(enter: Callable[..., None], leave: Callable[..., None]) 
         yield
 
 
+def on_module_registration(hook: Callable[..., None]) -> Any:
+    """Call `hook(parent, name, module)` when a module becomes part of another; gives a handle.
+
+    Raises:
+        ImportError: until torch 2.0 modules do not tell.
+    """
+    register = getattr(torch.nn.modules.module, "register_module_module_registration_hook", None)
+    if register is None:
+        raise ImportError("LPLN_EXEMPT needs torch 2.0 or later. Use lpln_autopatch.exempt.")
+    return register(hook)
+
+
 def loads_entry_points() -> bool | None:
     """Whether `import torch` loads those of `torch.backends`; None where it does not know how."""
     # until torch 2.5
