@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,9 +38,9 @@ def enable(
         precision: When to lower: "amp" (whatever autocast runs in), "amp_fp16" or
             torch.float16, "amp_bf16", "bf16" or torch.bfloat16. Composer's "fp32", "fp16" and
             "amp_fp8" are accepted and never lower, with a `NoEffectWarning`.
-        backend: What normalises: "native", "fused", "apex", the name of a backend that another
-            package brings, or "auto": what LPLN_BACKEND says, or else native. LayerNorm's alone:
-            the other norms are native's.
+        backend: What normalises: "native", "fused", "lean", "apex", "apex_lean", the name of a
+            backend that another package brings, or "auto": what LPLN_BACKEND says, or else native.
+            LayerNorm's alone: the other norms are native's.
         norms: What is lowered: "layer_norm", "group_norm", "rms_norm" (from torch 2.4 on), several
             of them in a list or separated by commas, or "all". By default what LPLN_NORMS says, or
             else "layer_norm".
@@ -89,8 +90,9 @@ class low_precision_layernorm(contextlib.ContextDecorator):
     Raises:
         ValueError: precision, backend or norms is not a valid name.
         ImportError: the backend cannot be used here.
-        TypeError: what it decorates is a generator or coroutine function: its body would run
-            after the block had closed. Or it is used as a decorator without parentheses.
+        TypeError: it decorates a generator or coroutine function, whose body would run after the
+            block had closed, or a class or a module, which are no functions. Or it is used as a
+            decorator without parentheses.
     """
 
     def __init__(
@@ -99,14 +101,14 @@ class low_precision_layernorm(contextlib.ContextDecorator):
         backend: str = "auto",
         norms: str | Iterable[str] | None = None,
     ) -> None:
-        if inspect.isroutine(precision):
+        if inspect.isroutine(precision) or inspect.isclass(precision):
             raise TypeError(
                 f"low_precision_layernorm got {precision!r} as its precision. "
                 "As a decorator it needs parentheses: @low_precision_layernorm()."
             )
         self._request = Request.parse(precision, backend, norms, "block", "precision")
-        # Threads that share one instance must each leave what they entered.
-        self._entered: list[tuple[int, object]] = []
+        # Threads, and asyncio's tasks, that share one instance must each leave what they entered.
+        self._entered: list[tuple[object, object]] = []
 
     def __call__(self, function: _F) -> _F:
         if _runs_its_body_later(function):
@@ -114,6 +116,7 @@ class low_precision_layernorm(contextlib.ContextDecorator):
                 f"low_precision_layernorm decorates {function!r}, whose body runs after the call "
                 "has returned and the block has closed. Use a `with` block inside it."
             )
+        _refuse_what_is_no_function(function)
         return super().__call__(function)
 
     def __enter__(self) -> None:
@@ -124,12 +127,12 @@ class low_precision_layernorm(contextlib.ContextDecorator):
                 self._request.warn_never_engages(stacklevel=2)
         token = object()
         state.enter(self._request, token)
-        self._entered.append((threading.get_ident(), token))
+        self._entered.append((_who(), token))
 
     def __exit__(self, *exc_info: object) -> None:
-        # The last of this thread's; if another thread entered, the last of all.
-        thread = threading.get_ident()
-        mine = [entry for entry in self._entered if entry[0] == thread] or self._entered
+        # The last of this thread's or task's; if another one entered, the last of all.
+        who = _who()
+        mine = [entry for entry in self._entered if entry[0] == who] or self._entered
         entry = mine[-1]
         self._entered.remove(entry)
         state.leave(entry[1])
@@ -186,6 +189,32 @@ def enable_from(precision: object, backend: str, norms: object, source: str, arg
         request.backend,
         request.source,
     )
+
+
+def _who() -> object:
+    """What enters a block: a task of asyncio, or else a thread."""
+    asyncio = sys.modules.get("asyncio")  # without it there is no task, and importing it is dear
+    try:
+        task = asyncio.current_task() if asyncio is not None else None
+    except RuntimeError:  # no event loop runs in this thread
+        task = None
+    return threading.get_ident() if task is None else task
+
+
+def _refuse_what_is_no_function(decorated: object) -> None:
+    """Calling a class makes an instance, and a module that became a function is no module."""
+    import torch
+
+    if inspect.isclass(decorated):
+        raise TypeError(
+            f"low_precision_layernorm decorates the class {decorated.__qualname__}: only making an "
+            "instance would be inside the block. Decorate its `forward`, or use a `with` block."
+        )
+    if isinstance(decorated, torch.nn.Module):
+        raise TypeError(
+            f"low_precision_layernorm decorates a module, {type(decorated).__qualname__}. Use a "
+            "`with` block around its calls, or apply_low_precision_layernorm(module)."
+        )
 
 
 def _runs_its_body_later(function: Callable[..., Any]) -> bool:

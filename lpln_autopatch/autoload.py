@@ -17,7 +17,7 @@ acted: str | None = None
 
 def is_set() -> bool:
     """Whether LPLN_PRECISION asks for anything, valid or not."""
-    return os.environ.get(_VARIABLE, "").lower() not in _AS_IF_UNSET
+    return os.environ.get(_VARIABLE, "").strip().lower() not in _AS_IF_UNSET
 
 
 def on_torch_import(torch: object = None, route: str | None = None) -> None:
@@ -45,7 +45,9 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
     halves = {
         name: module
         for name, module in list(sys.modules.items())
-        if name.startswith("lpln_autopatch.") and getattr(module.__spec__, "_initializing", False)
+        if name.startswith("lpln_autopatch.")
+        # None bars an import, as tests that do without a module have it.
+        and getattr(getattr(module, "__spec__", None), "_initializing", False)
     }
     for name in halves:
         del sys.modules[name]

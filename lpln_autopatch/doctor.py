@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-import sys
 import warnings
-from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import TYPE_CHECKING
 
 from lpln_autopatch import autoload
 from lpln_autopatch.precision import Precision
+from lpln_autopatch.routes import Finding, find_routes, installed_version
 
 if TYPE_CHECKING:
     from lpln_autopatch.request import Request
@@ -19,26 +18,13 @@ if TYPE_CHECKING:
 VARIABLES = (
     "LPLN_PRECISION",
     "LPLN_BACKEND",
+    "LPLN_NORMS",
     "TORCH_DEVICE_BACKEND_AUTOLOAD",
     "AUTOWRAPT_BOOTSTRAP",
     "PYTHONPATH",
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """Whether something can be used here.
-
-    Attributes:
-        usable: Whether it can.
-        detail: Why not, or what it is.
-    """
-
-    usable: bool
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{'yes' if self.usable else 'no'}{self.detail and f': {self.detail}'}"
+_MODULES = {"layer_norm": "LayerNorm", "group_norm": "GroupNorm", "rms_norm": "RMSNorm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +36,21 @@ class Diagnosis:
         environment: The variables that matter, None where unset.
         precision: The precision in force, or None.
         backend: What normalises, or None.
-        source: "environment", or None; "enable" or "block" if code that runs as Python starts, in a
-            sitecustomize for example, has called that.
-        installed: Whether the wrapper is on `LayerNorm.forward`.
+        norms: The names of the norms that are lowered, or None.
+        source: "environment", or None; "enable" or "block" if a sitecustomize has called that.
+        installed: Whether our wrappers are on.
         acted: The route that activated, or None.
         routes: The ways of activation without code, and whether each is open.
         backends: Every backend that can be named, and whether it can be used.
         devices: The devices that torch sees.
-        problem: Why LPLN_PRECISION is set and does not lower LayerNorm, or what fails; or None.
+        problem: Why LPLN_PRECISION, which is set, lowers nothing, or what fails; or None.
     """
 
     versions: dict[str, str | None]
     environment: dict[str, str | None]
     precision: str | None = None
     backend: str | None = None
+    norms: tuple[str, ...] | None = None
     source: str | None = None
     installed: bool = False
     acted: str | None = None
@@ -73,22 +60,21 @@ class Diagnosis:
     problem: str | None = None
 
     def __str__(self) -> str:
-        in_force = ("precision", "backend", "source", "installed", "acted")
+        in_force = ("precision", "backend", "norms", "source", "installed", "acted")
+        values = {**vars(self), "norms": self.norms and ", ".join(self.norms)}
         sections: dict[str, dict[str, object]] = {
             "versions": dict(self.versions),
             "environment": dict(self.environment),
-            "in force": {name: getattr(self, name) for name in in_force},
+            "in force": {name: values[name] for name in in_force},
             "routes": dict(self.routes),
             "backends": dict(self.backends),
             "devices": dict.fromkeys(self.devices, ""),
         }
         lines = []
         for title, rows in sections.items():
-            if rows:
-                lines.append(title)
+            lines += [title] if rows else []
             for name, value in rows.items():
-                shown = "-" if value is None else value
-                lines.append(f"  {name:30} {shown}".rstrip())
+                lines.append(f"  {name:30} {'-' if value is None else value}".rstrip())
         return "\n".join([*lines, "", self.verdict])
 
     @property
@@ -97,21 +83,27 @@ class Diagnosis:
         if self.problem is not None:
             return f"LPLN_PRECISION does not lower LayerNorm: {self.problem}"
         if self.precision is None:
-            return "LPLN_PRECISION is not set: LayerNorm is as PyTorch has it."
-        by = f"{self.source} in this process"
-        if self.source == "environment":
-            by = f"the route {self.acted}"
-        return f"LayerNorm is lowered: precision {self.precision}, by {by}."
+            value = self.environment.get("LPLN_PRECISION")
+            how = "is not set" if value is None else f"is {value!r}"
+            return f"LPLN_PRECISION {how}: LayerNorm is as PyTorch has it."
+        zero_code = self.source == "environment"
+        by = f"the route {self.acted}" if zero_code else f"{self.source} in this process"
+        norms = " and ".join(_MODULES[norm] for norm in self.norms or ())
+        verb = "are" if " " in norms else "is"
+        if not Precision(self.precision).ever_engages:
+            return f"{norms} {verb} stock: precision {self.precision} never engages, by {by}."
+        return f"{norms} {verb} lowered: precision {self.precision}, by {by}."
 
 
 def diagnose() -> Diagnosis:
     """Import torch, as a program would, and look at what that has done."""
-    versions = {name: _version(name) for name in ("lpln_autopatch", "torch", "wrapt")}
     common = Diagnosis(
-        versions={**versions, "python": platform.python_version()},
+        versions={"python": platform.python_version()},
         environment={name: os.environ.get(name) for name in VARIABLES},
     )
     try:
+        versions = {name: installed_version(name) for name in ("lpln_autopatch", "torch", "wrapt")}
+        common = dataclasses.replace(common, versions={**versions, **common.versions})
         return _look(common)
     except SystemExit as error:  # our own, at a wrong variable
         return dataclasses.replace(common, problem=str(error).removeprefix("lpln_autopatch: "))
@@ -124,74 +116,19 @@ def _look(common: Diagnosis) -> Diagnosis:
     """`common`, with everything that takes torch."""
     import torch  # noqa: F401
 
-    from lpln_autopatch import backends, state, torch_compat
+    from lpln_autopatch import backends, state, status, torch_compat
 
-    request, routes = state.current(), _routes()
+    now, routes = status(), find_routes()
     return dataclasses.replace(
         common,
-        precision=str(request.precision) if request else None,
-        backend=request.backend if request else None,
-        source=request.source if request else None,
-        installed=state.is_installed(),
+        precision=str(now.precision) if now.precision else None,
+        **{name: getattr(now, name) for name in ("backend", "norms", "source", "installed")},
         acted=autoload.acted,
         routes=routes,
         backends={name: _backend(name) for name in ("auto", *backends.names())},
         devices=torch_compat.devices(),
-        problem=_problem(request, routes) if autoload.is_set() else None,
+        problem=_problem(state.current(), routes) if autoload.is_set() else None,
     )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _routes() -> dict[str, Finding]:
-    return {
-        "torch.backends": _closed(_why_no_entry_point()),
-        "sitecustomize": _closed(_why_no_sitecustomize()),
-        "autowrapt": _closed(_why_no_autowrapt()),
-    }
-
-
-def _closed(reason: str) -> Finding:
-    return Finding(not reason, reason)
-
-
-def _why_no_entry_point() -> str:
-    from lpln_autopatch import torch_compat
-
-    loads = torch_compat.loads_entry_points()
-    if loads is None:
-        return "torch before 2.5 loads no entry points"
-    if not loads:
-        return "TORCH_DEVICE_BACKEND_AUTOLOAD switches it off"
-    if not entry_points(group="torch.backends", name="lpln_autopatch"):
-        return "lpln_autopatch is not installed, only on the path"
-    return ""
-
-
-def _why_no_sitecustomize() -> str:
-    module = sys.modules.get("sitecustomize")
-    # By a name of it: the file may have been copied.
-    if hasattr(module, "_activate_when_torch_is_imported"):
-        return ""
-    other = getattr(module, "__file__", None)
-    found = f": {other} is the one that Python found" if other else ""
-    return f"sitecustomize_example is not first on PYTHONPATH{found}"
-
-
-def _why_no_autowrapt() -> str:
-    if _version("autowrapt") is None:
-        return "autowrapt is not installed: pip install autowrapt"
-    named = os.environ.get("AUTOWRAPT_BOOTSTRAP", "").split(",")
-    if "lpln_autopatch" not in (name.strip() for name in named):
-        return "AUTOWRAPT_BOOTSTRAP does not name lpln_autopatch"
-    if not entry_points(group="lpln_autopatch", name="torch"):
-        return "lpln_autopatch is not installed, only on the path"
-    return ""
 
 
 def _backend(name: str) -> Finding:
@@ -227,22 +164,24 @@ def _problem(request: Request | None, routes: dict[str, Finding]) -> str | None:
 
 
 def _why_stock(request: Request) -> str | None:
-    """By running one LayerNorm on the CPU: what is in force may still be hidden by a patcher."""
+    """By running each norm on the CPU: what is in force may still be hidden by a patcher."""
     import torch
 
     from lpln_autopatch.torch_compat import autocast_dtype
 
     dtype = request.lowering.dtypes[-1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with torch.autocast("cpu", dtype=dtype):
+    for norm in request.norms:
+        name = _MODULES[norm]
+        module = getattr(torch.nn, name)(*([2] if norm == "group_norm" else []), 8)
+        with warnings.catch_warnings(), torch.autocast("cpu", dtype=dtype):
+            warnings.simplefilter("ignore")
             if autocast_dtype("cpu") is not dtype:  # until torch 2.4: no float16 there
                 return None
             try:
-                y = torch.nn.LayerNorm(8)(torch.zeros(1, 8))
+                gives = module(torch.zeros(1, 8)).dtype
             except Exception as error:
-                return f"a LayerNorm on the CPU fails: {error!r}."
-    if y.dtype is dtype:
-        return None
-    forward = vars(torch.nn.modules.normalization.LayerNorm)["forward"]
-    return f"a LayerNorm under autocast to {dtype} gives {y.dtype}: its forward is {forward!r}."
+                return f"a {name} on the CPU fails: {error!r}."
+        if gives is not dtype:
+            runs = f"{type(module).forward!r} and {getattr(torch.nn.functional, norm)!r}"
+            return f"a {name} under autocast to {dtype} gives {gives}: its forward is {runs}."
+    return None

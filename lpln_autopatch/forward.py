@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import warnings
 from collections.abc import Sequence
 
@@ -81,7 +82,7 @@ def decide(lowering: Lowering, norm: str, x: object, weight: Tensor | None) -> t
     elif is_tracing():
         return "TorchScript"
     if dtype not in lowering.dtypes:
-        _warn_of_other_dtype(lowering.precision, dtype)
+        _warn_of_other_dtype(lowering.precision, dtype, is_dynamo_compiling())
         return f"precision {lowering.precision}, autocast to {dtype}"
     return dtype
 
@@ -95,28 +96,31 @@ def run_backend(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Normalise `x` in `dtype`: by the backend in eager mode, for what is compiled in float32.
-
-    No graph gets an autocast region: with one, torch 2.13's AOTAutograd cache is bypassed.
-    """
-    backend = native.normalise_in_float32 if is_compiling() else lowering.backend
+    """Normalise `x` in `dtype`: by the backend in eager mode, natively where code is compiled."""
+    backend = native.normalise if is_compiling() else lowering.backend
     return backend(x, normalized_shape, weight, bias, eps, dtype)
 
 
+_logger = logging.getLogger("lpln_autopatch")
 _warned: set[str] = set()
 
 
 @run_while_compiling
-def _warn_of_other_dtype(precision: str, dtype: torch.dtype) -> None:
+def _warn_of_other_dtype(precision: str, dtype: torch.dtype, compiling: bool) -> None:
     if precision in _warned:
         return
     _warned.add(precision)
-    warnings.warn(
+    message = (
         f"precision {precision!r} is active, but autocast runs in {dtype}: "
-        "norms stay as PyTorch has them. Precision 'amp' engages for float16 and bfloat16.",
-        NoEffectWarning,
-        stacklevel=2,
+        "norms stay as PyTorch has them. Precision 'amp' engages for float16 and bfloat16."
     )
+    try:
+        warnings.warn(message, NoEffectWarning, stacklevel=2)
+    except NoEffectWarning:  # where warnings are errors
+        if not compiling:
+            raise
+        # Dynamo would call it an internal error of its own, and ask for a report.
+        _logger.warning(message)
 
 
 for _function in (decide, run_backend):

@@ -49,7 +49,7 @@ def status() -> Status:
         A snapshot, which prints as a table.
     """
     import torch  # first, for the reason that Request.parse gives
-    from importlib_metadata import version
+    import wrapt
 
     from lpln_autopatch import __version__
 
@@ -64,7 +64,7 @@ def status() -> Status:
         versions={
             "lpln_autopatch": __version__,
             "torch": str(torch.__version__),
-            "wrapt": version("wrapt"),
+            "wrapt": wrapt.__version__,  # type: ignore[attr-defined]
             "python": platform.python_version(),
         },
     )

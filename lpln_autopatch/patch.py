@@ -13,12 +13,18 @@ import torch.utils.checkpoint
 import wrapt
 
 from lpln_autopatch.checkpointing import Block, captures_function, recomputes_function
+from lpln_autopatch.dynamo import trace_through
 from lpln_autopatch.norms import NAMES, TARGETS
 from lpln_autopatch.torch_compat import (
     CHECKPOINT_ENTRIES,
     CHECKPOINT_RECOMPUTATIONS,
-    trace_through,
 )
+
+if not hasattr(wrapt, "wrapper_chain"):
+    raise ImportError(
+        f"lpln_autopatch needs wrapt 2.4 or later, and this is {wrapt.__version__}. "  # type: ignore[attr-defined]
+        "Update it: pip install 'wrapt>=2.4'."
+    )
 
 
 @dataclasses.dataclass

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 _ALIASES = {
     "bf16": "amp_bf16",
+    "bfloat16": "amp_bf16",
+    "float16": "amp_fp16",
     "torch.bfloat16": "amp_bf16",
     "torch.float16": "amp_fp16",
 }
@@ -26,12 +28,14 @@ class Precision(str, enum.Enum):
     """When LayerNorm is lowered. The names are Composer's, plus `AMP`.
 
     `Precision("bf16")`, `Precision("AMP_BF16")` and `Precision(torch.bfloat16)` are one member:
-    case does not matter, and dtypes and `composer.core.Precision` members are understood.
+    case and space around a name do not matter, and dtypes and `composer.core.Precision` members
+    are understood.
 
     Attributes:
         AMP: Engages for the autocast dtype in force, float16 or bfloat16.
-        AMP_FP16: Engages when the autocast dtype is float16. Also `torch.float16`.
-        AMP_BF16: Engages when the autocast dtype is bfloat16. Also `"bf16"`, `torch.bfloat16`.
+        AMP_FP16: Engages when the autocast dtype is float16. Also `"float16"`, `torch.float16`.
+        AMP_BF16: Engages when the autocast dtype is bfloat16. Also `"bf16"`, `"bfloat16"`,
+            `torch.bfloat16`.
         FP32: Never engages; as an inner block it switches lowering off.
         FP16: Never engages: Composer's name for training that is float16 without autocast.
         AMP_FP8: Never engages: Composer's name for Transformer Engine's own modules.
@@ -53,7 +57,7 @@ class Precision(str, enum.Enum):
     @classmethod
     def _missing_(cls, value: object) -> Precision | None:
         # Composer's members are recognised by their value: importing Composer to ask is too dear.
-        name = str(value.value if isinstance(value, enum.Enum) else value).lower()
+        name = str(value.value if isinstance(value, enum.Enum) else value).strip().lower()
         name = _ALIASES.get(name, name)
         return next((member for member in cls if member.value == name), None)
 
@@ -71,8 +75,11 @@ class Precision(str, enum.Enum):
         try:
             return cls(value)
         except ValueError:
-            valid = ", ".join([*(str(member) for member in cls), *_ALIASES])
-            raise ValueError(f"{source}={value!r} is not a precision. Valid: {valid}.") from None
+            valid = [*(str(member) for member in cls), *_ALIASES]
+            if source == "LPLN_PRECISION":  # autoload.py takes it, for the same as unset
+                valid.append("off")
+            names = ", ".join(valid)
+            raise ValueError(f"{source}={value!r} is not a precision. Valid: {names}.") from None
 
     @property
     def ever_engages(self) -> bool:

@@ -205,11 +205,10 @@ class _Recorder:
     def _record(self, norm: str, x: Any, y: Any, decision: torch.dtype | str, by: str = "") -> None:
         given, got = getattr(x, "dtype", None), getattr(y, "dtype", None)
         lowered, reason = got == decision, by
-        if not lowered:
-            # PyTorch's own functions give float32 for float32.
-            lowered = given is torch.float32 and got == autocast_dtype(x.device.type)
-            stock = decision if isinstance(decision, str) else f"another patcher gives {got}"
-            reason = "another patcher" if lowered else stock
+        if not lowered and given is torch.float32 and got == autocast_dtype(x.device.type):
+            lowered, reason = True, "another patcher"  # PyTorch's own give float32 for float32
+        elif not lowered:
+            reason = decision if isinstance(decision, str) else f"another patcher gives {got}"
         self.rows[Row(self._running[-1][1], norm, 0, given, got, lowered, reason)] += 1
 
 

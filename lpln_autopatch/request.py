@@ -57,6 +57,20 @@ class Request:
         named = known_norms.resolve(norms)
         return cls(parsed, *backends.resolve(backend, parsed), named, source)
 
+    @classmethod
+    def again(cls, precision: str, backend: str, source: str) -> Request:
+        """What was asked for where a module was saved; natively if its backend is missing here."""
+        try:
+            return cls.parse(precision, backend, "layer_norm", source, "precision")
+        except (ImportError, ValueError) as error:
+            warnings.warn(
+                "A LayerNorm was saved with a backend that cannot be used here, and is normalised "
+                f"natively: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return cls.parse(precision, "native", "layer_norm", source, "precision")
+
     @functools.cached_property
     def lowering(self) -> Lowering:
         """What the hot path reads while this request is in force."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
@@ -16,9 +17,10 @@ from lpln_autopatch.exemption import MARK
 from lpln_autopatch.forward import decide, run_backend
 from lpln_autopatch.precision import NoEffectWarning, Precision
 from lpln_autopatch.request import Request
+from lpln_autopatch.torch_compat import traced_like_torchs_own
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import MutableMapping, Sequence
 
     from torch.optim import Optimizer
 
@@ -52,7 +54,7 @@ class LPLayerNorm(torch.nn.LayerNorm):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._lowering = _parse(precision, backend).lowering
+        _give(self, _parse(precision, backend))
 
     def forward(self, input: Tensor) -> Tensor:
         lowering = getattr(self, "_lowering", None)
@@ -70,6 +72,15 @@ class LPLayerNorm(torch.nn.LayerNorm):
 
     # TorchScript compiles the source of what this stands for.
     forward.__wrapped__ = inspect.unwrap(torch.nn.LayerNorm.forward)  # type: ignore[attr-defined]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The names of what was asked for, and no backend: it may be missing where this is loaded.
+        return {name: value for name, value in vars(self).items() if name != "_lowering"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        precision, backend = state["_asked"]
+        self._lowering = Request.again(precision, backend, "surgery").lowering
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
@@ -106,6 +117,8 @@ def apply_low_precision_layernorm(
         TypeError: `model` is not a `torch.nn.Module`.
         ValueError: precision or backend is not a valid name; nothing has changed.
         ImportError: the backend cannot be used here; nothing has changed.
+        Exception: what a subclass of LayerNorm raises where it cannot be subclassed; nothing has
+            changed.
 
     Source:
         MosaicML Composer, `apply_low_precision_layernorm`; differs in: the class is changed and
@@ -117,12 +130,12 @@ def apply_low_precision_layernorm(
     if not request.precision.ever_engages:
         revert_low_precision_layernorm(model)
         return {}
+    named = list(model.named_modules())
+    _change_classes([module for _, module in named if runs_torchs_forward(module)])
     changed: dict[str, torch.nn.LayerNorm] = {}
-    for name, module in model.named_modules():
-        if runs_torchs_forward(module):
-            module.__class__ = _low_precision_class(type(module))
+    for name, module in named:
         if isinstance(module, LPLayerNorm):
-            module._lowering = request.lowering
+            _give(module, request)
             changed[name] = module
     if not changed:
         warnings.warn(
@@ -152,9 +165,27 @@ def revert_low_precision_layernorm(model: torch.nn.Module) -> dict[str, torch.nn
         original = _original_class(type(module))
         if original is not None:
             module.__class__ = original
-            del module._lowering
+            del module._lowering, module._asked
             changed[name] = cast(torch.nn.LayerNorm, module)
     return changed
+
+
+def _change_classes(modules: Sequence[torch.nn.LayerNorm]) -> None:
+    """Change the class of every one of `modules`, or of none."""
+    were = [type(module) for module in modules]
+    try:
+        for module in modules:
+            module.__class__ = _low_precision_class(type(module))
+    except BaseException:
+        for module, cls in zip(modules, were, strict=True):
+            module.__class__ = cls
+        raise
+
+
+def _give(module: LPLayerNorm, request: Request) -> None:
+    """Have `module` do what `request` says."""
+    module._lowering = request.lowering
+    vars(module)["_asked"] = str(request.precision), request.backend
 
 
 def _parse(precision: object, backend: str) -> Request:
@@ -183,15 +214,22 @@ def runs_torchs_forward(module: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm
     )
 
 
-_classes: dict[type[torch.nn.LayerNorm], type[LPLayerNorm]] = {torch.nn.LayerNorm: LPLayerNorm}
+# What surgery changes, Dynamo treats as it treats the norms that it does not change.
+traced_like_torchs_own(LPLayerNorm.forward, torch.nn.modules.normalization)
+
+# Weak: a parametrization makes a class for every module, and ours goes when that is gone.
+_classes: MutableMapping[type[torch.nn.LayerNorm], type[LPLayerNorm]]
+_classes = weakref.WeakValueDictionary({torch.nn.LayerNorm: LPLayerNorm})
 
 
 def _low_precision_class(original: type[torch.nn.LayerNorm]) -> type[LPLayerNorm]:
     """`LPLayerNorm`, or for a subclass of LayerNorm a class that is both."""
-    if original not in _classes:
+    made = _classes.get(original)
+    if made is None:
         members = {"_original": original, "__module__": original.__module__}
-        _classes[original] = type(f"LP{original.__name__}", (LPLayerNorm, original), members)
-    return _classes[original]
+        made = type(f"LP{original.__name__}", (LPLayerNorm, original), members)
+        _classes[original] = made
+    return made
 
 
 def _original_class(cls: type[torch.nn.Module]) -> type[torch.nn.LayerNorm] | None:

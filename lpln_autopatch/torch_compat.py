@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import linecache
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
-import wrapt
 
 TORCH_VERSION = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 
@@ -64,17 +63,21 @@ def forward_mode_is_on() -> bool:
 
 
 def something_intercepts_operators() -> bool:
-    """Whether a functorch transform or a `TorchDispatchMode` (FakeTensorMode, ...) is active.
-
-    until torch 2.1: neither question can be asked.
-    """
+    """Whether a functorch transform or a `TorchDispatchMode` (FakeTensorMode, ...) is active."""
+    if TORCH_VERSION < (2, 1):  # until torch 2.1: neither question can be asked
+        return False
     return bool(torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
 # until torch 2.0: a module's forward hook does not run if the forward raises.
 HOOKS_RUN_ALWAYS = TORCH_VERSION >= (2, 0)
-
 HAS_RMS_NORM = TORCH_VERSION >= (2, 4)
+
+# until torch 2.5: Dynamo puts a call of torch's own modules into the graph without tracing it.
+DYNAMO_TRACES_NORMS = TORCH_VERSION >= (2, 5)
+
+# until torch 2.13: Inductor takes a cast to low precision and back out of the graph.
+GRAPHS_KEEP_ROUNDED_INPUTS = TORCH_VERSION >= (2, 13)
 
 # until torch 2.13: no device made in Python; the lists of autocast in other words
 CAN_COUNT = TORCH_VERSION >= (2, 13)
@@ -130,48 +133,14 @@ def traced_like_torchs_own(function: _F, module: types.ModuleType) -> _F:
     """The same for a function that may be what is compiled: `torch.compile(nn.LayerNorm(8))`.
 
     torch.compile adds a frame above a module whose forward Dynamo would skip, and it judges that
-    by the file's name, here made one of torch's `module`. Tracebacks show both files.
+    by the file's name, here made one of torch's `module`. Tracebacks show both files, and inspect
+    and debuggers find the source under that name, too.
     """
     code = function.__code__
-    function.__code__ = code.replace(co_filename=f"{module.__file__} <- {code.co_filename}")
+    name = f"{module.__file__} <- {code.co_filename}"
+    function.__code__ = code.replace(co_filename=name)
+    linecache.lazycache(name, function.__globals__)
     return function
-
-
-def trace_through(wrappers: Mapping[str, Callable[..., Any]]) -> None:
-    """Have Dynamo trace `wrappers`, by the full name of the function that each takes the place of.
-
-    It has a table of functions that it puts into a graph untraced, and looks each up by its name:
-    a wrapper that is found there would run, or not, as it is when the graph is compiled, and a
-    graph calls by name. torch.distributed has the table made anew.
-
-    What it traces in their place has no defaults: it would look for those of a wrapper on a
-    `wrapt.FunctionWrapper` that somebody has put above it, and fail.
-    """
-    if TORCH_VERSION < (2, 5):  # until torch 2.5: compiled code is dropped at every change
-        return
-
-    def tell(dynamo: Any) -> None:
-        for rules in dynamo.trace_rules.torch_name_rule_map:
-            for name in wrappers:
-                rules.pop(name, None)
-        dynamo.trace_rules.get_torch_obj_rule_map.cache_clear()
-        for wrapper in wrappers.values():
-            torch.compiler.substitute_in_graph(wrapper)(_without_defaults(wrapper))
-
-    if "torch._dynamo" in sys.modules:
-        tell(importlib.import_module("torch._dynamo"))  # waits for a thread that is importing it
-    else:
-        wrapt.register_post_import_hook(tell, "torch._dynamo")
-
-
-def _without_defaults(function: Callable[..., Any]) -> Callable[..., Any]:
-    code, defaults = function.__code__, function.__defaults__
-    copy = types.FunctionType(code, function.__globals__, function.__name__, defaults)
-
-    def traced(*args: Any, **kwargs: Any) -> Any:
-        return copy(*args, **kwargs)
-
-    return traced
 
 
 def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
@@ -223,11 +192,8 @@ def devices() -> list[str]:
 
 
 def drop_compiled_code_that_cannot_follow() -> None:
-    """Drop compiled code where it does not guard on what the wrappers read.
-
-    until torch 2.5: Dynamo puts a call of torch's own modules into the graph without tracing it.
-    """
-    if TORCH_VERSION < (2, 5) and "torch._dynamo" in sys.modules:
+    """Drop compiled code where it does not guard on what the wrappers read."""
+    if not DYNAMO_TRACES_NORMS and "torch._dynamo" in sys.modules:
         # Not the whole reset, which forgets what others have registered. until torch 2.4: only it
         getattr(torch._dynamo, "reset_code_caches", torch._dynamo.reset)()
 

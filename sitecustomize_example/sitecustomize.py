@@ -50,7 +50,7 @@ def _run_shadowed_sitecustomize():
 
 
 try:
-    if os.environ.get("LPLN_PRECISION", "").lower() not in ("", "0", "off"):
+    if os.environ.get("LPLN_PRECISION", "").strip().lower() not in ("", "0", "off"):
         _activate_when_torch_is_imported()
 finally:
     _run_shadowed_sitecustomize()

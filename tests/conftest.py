@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import lpln_autopatch
 from lpln_autopatch import forward, state
 
 ORIGINAL_FORWARD = vars(torch.nn.LayerNorm)["forward"]
+ELSEWHERE = pytest.StashKey[dict[str, int]]()
 FUNCTIONS = ("layer_norm", "group_norm", "rms_norm")
 ORIGINAL_FUNCTIONS = {name: vars(F)[name] for name in FUNCTIONS if name in vars(F)}
 
@@ -31,6 +34,33 @@ def _leave_layernorm_as_it_was() -> Iterator[None]:
     assert not open_blocks
     assert left is ORIGINAL_FORWARD
     assert left_functions == ORIGINAL_FUNCTIONS
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is run elsewhere: see `support.run_elsewhere`."""
+    marks = ((item, *mark.args) for item in items for mark in item.iter_markers("elsewhere"))
+    places = {item: where for item, is_elsewhere, where in marks if is_elsewhere}
+    config.hook.pytest_deselected(items=list(places))
+    items[:] = [item for item in items if item not in places]
+    _told(config).update(Counter(places.values()))
+
+
+def pytest_testnodedown(node: Any) -> None:
+    """Take what a worker of pytest-xdist has left out; every one collects the same."""
+    _told(node.config).update(node.workeroutput.get("elsewhere", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if told := _told(config):
+        places = ", ".join(f"{count} by {where}" for where, count in sorted(told.items()))
+        terminalreporter.write_line(f"run elsewhere: {places}")
+
+
+def _told(config: Any) -> dict[str, int]:
+    """How many tests run elsewhere, by place. A worker sends its own to pytest-xdist."""
+    if hasattr(config, "workeroutput"):
+        return config.workeroutput.setdefault("elsewhere", {})
+    return config.stash.setdefault(ELSEWHERE, {})
 
 
 @pytest.fixture

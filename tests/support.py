@@ -30,14 +30,24 @@ needs_dynamo = pytest.mark.skipif(
 )
 
 
+def run_elsewhere(condition: bool, where: str) -> pytest.MarkDecorator:
+    """Leave a test out if `condition` holds, and name `where` it runs in the last line.
+
+    For what another target of the Makefile, or a GPU, has to run. A test that this version of torch
+    cannot run is skipped.
+    """
+    return pytest.mark.elsewhere(condition, where)
+
+
 def needs_library(*names: str) -> pytest.MarkDecorator:
-    """Skip where a library is missing; where `make test-frameworks` installed it, never."""
+    """Leave a test out where a library is missing; under `make test-frameworks`, never."""
     missing = ", ".join(name for name in names if importlib.util.find_spec(name) is None)
     if missing and os.environ.get("LPLN_TEST_FRAMEWORKS"):
         raise ImportError(f"LPLN_TEST_FRAMEWORKS is set, and {missing} is not installed")
-    return pytest.mark.skipif(
-        bool(missing), reason=f"needs {missing}; `make test-frameworks`, and CI, have it"
-    )
+    return run_elsewhere(bool(missing), "make test-frameworks")
+
+
+needs_gpu = run_elsewhere(not torch.cuda.is_available(), "a CUDA GPU")
 
 
 AUTOCAST_DTYPES = [torch.bfloat16, torch.float16]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import copy
 import io
 import logging
@@ -10,8 +11,10 @@ import threading
 import time
 import warnings
 
+import importlib_metadata
 import pytest
 import torch
+import wrapt
 from support import AUTOCAST_DTYPES, output_dtype
 
 import lpln_autopatch as lpln
@@ -124,6 +127,22 @@ def test_decorator_without_parentheses_is_explained():
         @low_precision_layernorm
         def function():
             pass
+
+
+def test_block_refuses_to_decorate_a_class_or_a_module(layer_norm):
+    """A class, with or without parentheses, and a module: a TypeError that says what to do."""
+    with pytest.raises(TypeError, match="Decorate its `forward`"):
+        low_precision_layernorm("bf16")(torch.nn.LayerNorm)
+    with pytest.raises(TypeError, match="needs parentheses"):
+        low_precision_layernorm(torch.nn.LayerNorm)
+    with pytest.raises(TypeError, match=r"with.*apply_low_precision_layernorm"):
+        low_precision_layernorm("bf16")(layer_norm)
+
+
+def test_status_needs_no_metadata_of_wrapt(monkeypatch):
+    """A wrapt that was copied beside a program has none: its version is still there."""
+    monkeypatch.setattr(importlib_metadata.Distribution, "discover", lambda **context: iter(()))
+    assert lpln.status().versions["wrapt"] == wrapt.__version__
 
 
 def test_status_shows_a_variable_that_nobody_read(monkeypatch):
@@ -342,6 +361,36 @@ def test_block_may_be_left_by_another_thread(layer_norm):
 
 
 @pytest.mark.skipif(FP16 not in AUTOCAST_DTYPES, reason="autocast on CPU has only bfloat16 there")
+def test_tasks_that_share_a_block_each_leave_their_own(layer_norm):
+    """One instance entered by two asyncio tasks in turn: each leaves the block that it entered."""
+    shared = low_precision_layernorm("bf16")
+    seen = []
+
+    async def first(entered, other_entered):
+        with shared:
+            entered.set()
+            await other_entered.wait()
+        # The second's block is the innermost one that is open, above the fp32 one.
+        seen.append(output_dtype(layer_norm))
+
+    async def second(first_entered, entered, first_left):
+        await first_entered.wait()
+        with low_precision_layernorm("fp32"):
+            with shared:
+                entered.set()
+                await first_left
+            seen.append(output_dtype(layer_norm))
+
+    async def both():
+        first_entered, second_entered = asyncio.Event(), asyncio.Event()
+        left = asyncio.ensure_future(first(first_entered, second_entered))
+        await asyncio.gather(left, second(first_entered, second_entered, left))
+
+    asyncio.run(both())
+    assert seen == [BF16, FP32]
+    assert output_dtype(layer_norm) is FP32
+
+
 def test_stock_calls_do_not_use_up_the_warning(layer_norm):
     """Modules that would be stock anyway do not warn about the autocast dtype."""
     lpln.enable("amp_fp16")

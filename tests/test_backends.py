@@ -24,16 +24,16 @@ def record(name, tensors, shape, eps):
     from lpln_autopatch.torch_compat import autocast_dtype
     assert autocast_dtype("cpu") is None
     return tensors[0] * 0 + 7
-def fused_layer_norm_affine(input, weight, bias, normalized_shape, eps=1e-6):
-    return record("affine", [input, weight, bias], normalized_shape, eps)
-def fused_layer_norm(input, normalized_shape, eps=1e-6):
-    return record("plain", [input], normalized_shape, eps)
-"""
+def fused_layer_norm_affine(input, weight, bias, normalized_shape, eps=1e-6, memory_efficient=False):
+    return record("affine" + "_lean" * memory_efficient, [input, weight, bias], normalized_shape, eps)
+def fused_layer_norm(input, normalized_shape, eps=1e-6, memory_efficient=False):
+    return record("plain" + "_lean" * memory_efficient, [input], normalized_shape, eps)
+"""  # noqa: E501
 
 
 @pytest.fixture
 def install_apex(tmp_path, monkeypatch):
-    """Puts a package called apex on sys.path: "nvidia", "python only" or "unrelated"."""
+    """Puts a package called apex on sys.path: "nvidia", "old", "python only" or "unrelated"."""
 
     def install(kind: str) -> None:
         package = tmp_path / "apex"
@@ -42,8 +42,10 @@ def install_apex(tmp_path, monkeypatch):
         if kind != "unrelated":
             (package / "normalization").mkdir()
             (package / "normalization" / "__init__.py").touch()
-            (package / "normalization" / "fused_layer_norm.py").write_text(NVIDIA)
-        if kind == "nvidia":
+            (package / "normalization" / "fused_layer_norm.py").write_text(
+                NVIDIA if kind != "old" else ""
+            )
+        if kind in ("nvidia", "old"):
             (tmp_path / "fused_layer_norm_cuda.py").touch()
 
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -90,19 +92,36 @@ def test_unusable_apex_is_refused_with_the_reason(install_apex, kind, reason):
         install_apex(kind)
     lpln.enable("bf16")
     before = lpln.status()
-    with pytest.raises(ImportError, match=reason) as error:
-        lpln.enable("amp", backend="apex")
-    assert "https://github.com/NVIDIA/apex" in str(error.value)
+    for name in ("apex", "apex_lean"):
+        with pytest.raises(ImportError, match=reason) as error:
+            lpln.enable("amp", backend=name)
+        assert f"backend={name!r}: " in str(error.value)
+        assert "https://github.com/NVIDIA/apex" in str(error.value)
     assert lpln.status() == before
+
+
+def test_old_apex_has_no_lean(install_apex):
+    """apex from before memory_efficient: "apex" goes, "apex_lean" is an ImportError, at once."""
+    install_apex("old")
+    assert backends.resolve("apex", Precision.AMP)[0] == "apex"
+    with pytest.raises(ImportError, match="backend='apex_lean': this NVIDIA apex has no memory_ef"):
+        lpln.enable(backend="apex_lean")
+    assert lpln.status().precision is None
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("input_dtype", [FP32, "dtype"])
-def test_apex_is_called_with_everything_in_the_autocast_dtype(install_apex, dtype, input_dtype):
-    """x, weight and bias go to fused_layer_norm_affine in the autocast dtype, outside autocast."""
+@pytest.mark.parametrize(("name", "suffix"), [("apex", ""), ("apex_lean", "_lean")])
+def test_apex_is_called_with_everything_in_the_autocast_dtype(
+    install_apex, dtype, input_dtype, name, suffix
+):
+    """x, weight and bias go to fused_layer_norm_affine in the autocast dtype, outside autocast.
+
+    "apex_lean" passes its memory_efficient; "apex" passes nothing that an old one does not know.
+    """
     install_apex("nvidia")
-    name, normalise = backends.resolve("apex", Precision.AMP)
-    assert name == "apex"
+    resolved, normalise = backends.resolve(name, Precision.AMP)
+    assert resolved == name
     x = torch.randn(4, 2, 8, dtype=dtype if input_dtype == "dtype" else FP32)
     x = x.as_subclass(CudaTensor)
     weight, bias = torch.randn(2, 2, 8)
@@ -114,8 +133,8 @@ def test_apex_is_called_with_everything_in_the_autocast_dtype(install_apex, dtyp
     calls = importlib.import_module("apex.normalization.fused_layer_norm").CALLS
     shapes = [(4, 2, 8), (2, 8), (2, 8)]
     assert calls == [
-        ("affine", [dtype] * 3, shapes, (2, 8), 1e-3),
-        ("plain", [dtype], [(4, 2, 8)], (8,), 1e-5),
+        (f"affine{suffix}", [dtype] * 3, shapes, (2, 8), 1e-3),
+        (f"plain{suffix}", [dtype], [(4, 2, 8)], (8,), 1e-5),
     ]
 
 
@@ -135,6 +154,34 @@ def test_apex_leaves_to_native_what_it_does_not_take(install_apex, layer_norm):
         y = apex.normalise(given.as_subclass(CudaTensor), (8,), weight, its_bias, 1e-5, BF16)
         assert y.dtype is BF16
         assert y.shape == given.shape
+    assert "apex.normalization.fused_layer_norm" not in sys.modules
+
+
+@pytest.mark.skipif(
+    torch_compat.TORCH_VERSION < (2, 1), reason="torch.func and its questions; CI has later ones"
+)
+def test_apex_never_gets_what_its_extension_cannot_take(install_apex, layer_norm):
+    """Under a functorch transform, fake, or an inference tensor to train on: native."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    install_apex("nvidia")
+    weight, bias = layer_norm.weight, layer_norm.bias
+
+    def normalise(x, *parameters):
+        return apex.normalise(x, (8,), *(parameters or (weight, bias)), 1e-5, BF16)
+
+    def loss(x):
+        return normalise(x.as_subclass(CudaTensor)).float().pow(3).sum()
+
+    x = torch.randn(4, 8)
+    assert torch.func.grad(loss)(x).abs().sum() > 0
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = FakeTensor(mode, torch.empty(4, 8, device="meta"), torch.device("cuda", 0))
+    assert normalise(fake, None, None).dtype is BF16
+    with torch.inference_mode():
+        inference = x.to(BF16).as_subclass(CudaTensor)
+    normalise(inference).sum().backward()
+    assert weight.grad.dtype is FP32
     assert "apex.normalization.fused_layer_norm" not in sys.modules
 
 
@@ -189,7 +236,8 @@ def third_party(tmp_path_factory):
             """
             import torch
             def normalise(x, normalized_shape, weight, bias, eps, dtype):
-                return torch.full_like(x, 7, dtype=dtype)
+                y = torch.nn.functional.layer_norm(x, normalized_shape)
+                return torch.full_like(y, 7, dtype=dtype)
             """
         )
     )
@@ -199,7 +247,10 @@ def third_party(tmp_path_factory):
 
 
 def test_third_party_backend(third_party):
-    """A backend of another distribution is found by name, imported only then, and runs."""
+    """A backend of another distribution is found by name, imported only then, and runs.
+
+    It calls PyTorch's function, which is not lowered again.
+    """
     code = """
         import sys, torch, lpln_autopatch
         lpln_autopatch.enable()

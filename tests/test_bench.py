@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -11,14 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import autocast, output_dtype, run_python
 
 from lpln_autopatch.bench import kernel, rivals, suites, timing
 from lpln_autopatch.bench.layer import Case, Layer
 from lpln_autopatch.bench.model import Training
 from lpln_autopatch.bench.options import Options
+from lpln_autopatch.bench.recipe import ComposerRecipe
 from lpln_autopatch.bench.results import Row, table
-from lpln_autopatch.bench.rivals import ComposerRecipe, Contender, Stock
+from lpln_autopatch.bench.rivals import Contender, Stock
 from lpln_autopatch.bench.timing import Entry, Quartiles, WrongResult
 from lpln_autopatch.torch_compat import CPU_TAKES_MIXED_DTYPES, TORCH_VERSION
 
@@ -91,14 +94,20 @@ def test_recipe_is_composers(layer_norm):
 
 
 def test_call_gives_every_ratio(tmp_path):
-    """Stock, inert, lowered and the recipe, in every case, each with its ratio to stock."""
+    """Stock, inert, lowered and the recipe, in every case, each with its ratio to stock.
+
+    And the function by itself, stock and inert.
+    """
     printed, written = bench(tmp_path, "call")
     assert list(written) == ["call"]
     assert "pass forward and backward, M 4096, N 1024, input float32" in printed
     assert len(contenders(written["call"])) == (8 if CPU_TAKES_MIXED_DTYPES else 4)
     for names in contenders(written["call"]):
-        assert sorted(names) == sorted(["stock", "inert", *OURS, "Composer's recipe"])
+        functions = ["stock F.layer_norm", "inert F.layer_norm"]
+        assert sorted(names) == sorted(["stock", "inert", *OURS, "Composer's recipe", *functions])
     for row in written["call"]:
+        if row["contender"] == "inert F.layer_norm":
+            assert row["figures"]["/ stock F.layer_norm"]["median"] < 100
         if row["contender"] in ("inert", "lowered (native)"):
             assert row["figures"]["/ stock"]["median"] < 100
     native = [row["figures"] for row in written["call"] if row["contender"] == OURS[0]]
@@ -234,6 +243,24 @@ def test_wrong_gradient_is_not_timed():
     assert reason.startswith("WrongResult: error of dx 0.1")
 
 
+@pytest.mark.parametrize("rows", [8, 4096])
+@pytest.mark.parametrize("input_dtype", [FP32, BF16])
+def test_wrong_gradient_of_weight_is_not_timed(rows, input_dtype):
+    """Of weight alone, 15 % off; stock, the recipe and lowered pass, at 4096 rows too."""
+
+    class Wrong(torch.nn.LayerNorm):
+        def forward(self, x):
+            weight = self.weight.detach() + (self.weight - self.weight.detach()) * 1.15
+            return F.layer_norm(x, self.normalized_shape, weight, self.bias, self.eps)
+
+    right = (rivals.STOCK, rivals.LOWERED[0], rivals.composer(CPU))
+    layer = Layer(Case(rows, 64, input_dtype, BF16), CPU)
+    passed, reasons = layer.check([Contender("wrong", lambda: Wrong), *right])
+    assert list(passed) == list(right)
+    (reason,) = reasons.values()
+    assert reason.startswith("WrongResult: error of dweight 0.1")
+
+
 def test_lowered_that_runs_stock_is_not_timed():
     """One of ours that gives float32 is no figure of ours."""
     passed, (reason,) = run_contender(Contender("x", lambda: rivals.Stock, backend="native"))
@@ -308,23 +335,55 @@ class Counter:
 
 
 def test_contenders_take_turns():
-    """A B C, B C A, ...: in every round each once, after one call that is not timed."""
-    calls: list[str] = []
-    entries = [
-        Entry(name, contextlib.nullcontext, lambda name=name: calls.append(name)) for name in "abc"
-    ]
+    """In every round each once, after one call that is not timed, and not always after the same.
 
-    def clock(run, device) -> float:
-        calls.append("start")
-        run()
-        return 1.0
+    The order is the same in every run.
+    """
 
-    progress = Counter()
-    timing.interleave(entries, clock, CPU, 3, progress)
-    assert progress.count == 3
-    assert [entry.seconds for entry in entries] == [[1.0] * 3] * 3
-    turns = "".join(calls[-27:]).replace("start", ">")
-    assert turns == "a>ab>bc>cb>bc>ca>ac>ca>ab>b"
+    def turns() -> str:
+        calls: list[str] = []
+        entries = [
+            Entry(name, contextlib.nullcontext, lambda name=name: calls.append(name))
+            for name in "abcd"
+        ]
+
+        def clock(run, device) -> float:
+            calls.append(">")
+            run()
+            return 1.0
+
+        progress = Counter()
+        timing.interleave(entries, clock, CPU, 12, progress)
+        assert progress.count == 12
+        assert [entry.seconds for entry in entries] == [[1.0] * 12] * 4
+        return "".join(calls[-12 * 4 * 3 :])
+
+    taken = turns()
+    assert taken == turns()
+    order = taken[::3]
+    assert taken == "".join(f"{name}>{name}" for name in order)
+    rounds = [order[start : start + 4] for start in range(0, len(order), 4)]
+    assert {"".join(sorted(each)) for each in rounds} == {"abcd"}
+    for name in "abcd":
+        before = {pair[0] for pair in map("".join, itertools.pairwise(order)) if pair[1] == name}
+        assert before >= set("abcd") - {name}
+
+
+def test_copy_writes_beside_the_cache():
+    """Each input is copied to a place of its own, as large as the inputs together."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Targets(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.copy_.default:
+                places.add(args[0].data_ptr())
+            return function(*args, **(kwargs or {}))
+
+    places: set[int] = set()
+    layer = Layer(Case(8, 64, FP32, BF16), CPU, cache=8192)
+    with Targets():
+        kernel.copying(layer)()
+    assert len(places) == len(layer.xs) == 9
 
 
 def test_ratio_is_of_the_same_round():

@@ -53,12 +53,13 @@ def backward(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[t
     return [x.grad, *(p.grad for p in model.parameters())]
 
 
-def gradients_without_checkpoint(lower: bool) -> list[torch.Tensor]:
-    """What a checkpointed run has to give."""
+def gradients_without_checkpoint(lower: bool, compiler: str | None = None) -> list[torch.Tensor]:
+    """What a checkpointed run has to give, eager or compiled."""
     model, x = Recorder(), torch.linspace(-3, 3, 32).view(4, 8).requires_grad_()
+    function = torch.compile(model, backend=compiler) if compiler else model
     with low_precision_layernorm() if lower else contextlib.nullcontext(), autocast():
-        y = model(x)
-    assert model.dtypes == [BF16 if lower else FP32]
+        y = function(x)
+    assert compiler or model.dtypes == [BF16 if lower else FP32]
     return backward(model, x, y)
 
 
@@ -224,7 +225,7 @@ def test_checkpoint_sequential(model, x, segments):
 @needs_dynamo
 def test_compiled_model_with_checkpoint(model, x):
     """Inside compiled code the recomputation is part of the graph: lowered, after disable() too."""
-    expected = gradients_without_checkpoint(lower=True)
+    expected = gradients_without_checkpoint(lower=True, compiler="aot_eager")
     model.hook.remove()
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -242,7 +243,7 @@ def test_compiled_model_with_checkpoint(model, x):
 @needs_dynamo
 def test_checkpoint_around_a_compiled_module(model, x):
     """A compiled module in an eager checkpoint is recomputed in the precision of its forward."""
-    expected = gradients_without_checkpoint(lower=True)
+    expected = gradients_without_checkpoint(lower=True, compiler="eager")
     compiled = torch.compile(model, backend="eager")
     with low_precision_layernorm("bf16"), autocast():
         y = early_bound_checkpoint(compiled, x, use_reentrant=False)

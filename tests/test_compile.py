@@ -12,7 +12,7 @@ import wrapt
 from support import autocast, needs_dynamo, output_dtype, run_python
 
 import lpln_autopatch as lpln
-from lpln_autopatch import NoEffectWarning, low_precision_layernorm
+from lpln_autopatch import NoEffectWarning, forward, low_precision_layernorm
 
 pytestmark = needs_dynamo
 
@@ -158,6 +158,18 @@ def test_float64_and_other_dtypes(model):
         assert output_dtype(torch.compile(model, fullgraph=True), x.double()) is torch.float64
 
 
+def test_warning_that_is_an_error_is_logged_while_compiling(model, caplog):
+    """Where warnings are errors Dynamo cannot pass it on: it is logged, and the code is stock."""
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with warnings.catch_warnings(), low_precision_layernorm("amp_fp16"):
+        warnings.simplefilter("error", NoEffectWarning)
+        assert output_dtype(compiled) is FP32
+        assert "amp_fp16" in caplog.text
+        forward._warned.clear()
+        with pytest.raises(NoEffectWarning, match="amp_fp16"):
+            output_dtype(model)
+
+
 def test_autocast_of_the_other_dtype_warns_from_compiled_code(model):
     """The warning comes once, at compilation, without a graph break."""
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -290,7 +302,7 @@ def test_code_that_cannot_follow_is_dropped(model, compile_and_count, monkeypatc
     """Before torch 2.5, where compiled code has no guard, each change compiles anew."""
     from lpln_autopatch import torch_compat
 
-    monkeypatch.setattr(torch_compat, "TORCH_VERSION", (2, 4))
+    monkeypatch.setattr(torch_compat, "DYNAMO_TRACES_NORMS", False)
     compile_, counter = compile_and_count
     compiled = compile_(model)
     for _ in range(2):

@@ -178,7 +178,8 @@ import sys, torch
 sys.path.insert(0, {folder!r})
 from lpln_autopatch.bench import counting, emulated
 from lpln_autopatch.bench.policy import policy
-from lpln_autopatch.bench.rivals import ComposerRecipe, Contender
+from lpln_autopatch.bench.recipe import ComposerRecipe
+from lpln_autopatch.bench.rivals import Contender
 
 def block():
     layer = torch.nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True)

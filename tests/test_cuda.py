@@ -6,19 +6,17 @@ import json
 
 import pytest
 import torch
-from support import run_python
+from support import needs_gpu, run_python
 from torch.utils.checkpoint import checkpoint
 
 import lpln_autopatch as lpln
 from lpln_autopatch import low_precision_layernorm
 from lpln_autopatch.bench import rivals, timing
 from lpln_autopatch.bench.layer import Case, Layer
-from lpln_autopatch.bench.rivals import ComposerRecipe
+from lpln_autopatch.bench.recipe import ComposerRecipe
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(),
-    reason="needs a CUDA GPU; test_native.py covers the path that CUDA takes without one",
-)
+# test_native.py covers the path that CUDA takes without one.
+pytestmark = needs_gpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 each_dtype = pytest.mark.parametrize("dtype", [BF16, FP16])

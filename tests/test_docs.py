@@ -1,7 +1,7 @@
 """Every code block of README and docs, run as a reader would, in a process of its own.
 
-    python   as a script: each block is a whole program. Skipped where a library that it imports is
-             not installed; `make test-frameworks`, which installs them, never skips.
+    python   as a script: each block is a whole program. `make test-frameworks` runs those that
+             import a library which is not installed here.
     bash     in a folder where train.py is docs/examples/train.py, with fewer steps. `make` only
              shows what it would do: CI runs its targets.
     text     the output of the block before it: that one must print these lines, in which a version
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib.util
 import inspect
 import os
 import re
@@ -26,7 +25,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, needs_library
 
 import lpln_autopatch
 from lpln_autopatch.torch_compat import TORCH_VERSION
@@ -96,38 +95,39 @@ def run(command: list[str], folder: Path) -> str:
     return result.stdout
 
 
-def skip_without(libraries: str) -> None:
-    """Skip the block; where `make test-frameworks` has installed what it needs, fail."""
-    if os.environ.get("LPLN_TEST_FRAMEWORKS"):
-        pytest.fail(f"LPLN_TEST_FRAMEWORKS is set, and this needs {libraries}")
-    pytest.skip(f"needs {libraries}; CI runs it with the tests of that integration")
-
-
-def run_python_block(block: Block, folder: Path) -> str:
+def libraries_of(block: Block) -> set[str]:
+    """What has to be installed for the block to run, by name."""
+    if block.language == "bash":
+        return {"accelerate"} & programs_of(block)
+    if block.language != "python":
+        return set()
     nodes = list(ast.walk(ast.parse(block.code)))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     libraries = {name.split(".")[0] for name in names}
-    if "transformers" in libraries:
-        libraries.add("accelerate")  # the Trainer imports it when it is made
-    missing = sorted(name for name in libraries if importlib.util.find_spec(name) is None)
-    if missing:
-        skip_without(", ".join(missing))
+    # transformers' Trainer imports accelerate when it is made.
+    return libraries | ({"accelerate"} if "transformers" in libraries else set())
+
+
+def programs_of(block: Block) -> set[str]:
+    """The programs that a bash block runs."""
+    return set(COMMAND.findall(block.code.replace("\\\n", " ")))
+
+
+def run_python_block(block: Block, folder: Path) -> str:
     script = folder / f"{block.page.stem}_{block.line}.py"
     script.write_text("\n" * (block.line - 1) + block.code)  # a traceback gives the page's lines
     return run([sys.executable, str(script)], folder)
 
 
 def run_bash_block(block: Block, folder: Path) -> str:
-    programs = set(COMMAND.findall(block.code.replace("\\\n", " ")))
+    programs = programs_of(block)
     unknown = programs - {"python", "torchrun", "accelerate", "make"}
     assert not unknown, f"CI cannot run {', '.join(unknown)}: mark the block with the reason"
     if programs == {"make"}:
         return run(["bash", "-euo", "pipefail", "-c", block.code], ROOT)
     if TORCH_VERSION < (2, 5):
         pytest.skip("before torch 2.5 nothing reads LPLN_PRECISION by itself; CI has later ones")
-    if "accelerate" in programs and not (SCRIPTS / "accelerate").exists():
-        skip_without("accelerate")
     (folder / "train.py").write_text(TRAIN)
     return run(["bash", "-euo", "pipefail", "-c", block.code], folder)
 
@@ -146,7 +146,13 @@ def words(text: str) -> str:
     return " ".join(re.sub(r"\b\d+(\.\d[\w.+-]*|e-?\d+)", "#", text).split())
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(b, id=str(b), marks=[] if b.reason else needs_library(*libraries_of(b)))
+        for b in BLOCKS
+    ],
+)
 def test_block_runs_and_prints_what_follows_it(block, tmp_path):
     """A code block succeeds, and what the page gives as its output is what it prints."""
     if block.reason is not None:
@@ -154,7 +160,7 @@ def test_block_runs_and_prints_what_follows_it(block, tmp_path):
             compile(block.code, str(block), "exec")
         elif block.language == "bash":
             run(["bash", "-n", "-c", block.code], tmp_path)
-        pytest.skip(block.reason)
+        return
     assert block.language in RUN, f"no rule for {block.language!r}; the rules are in {__file__}"
     printed = RUN[block.language](block, tmp_path)
     for output in block.outputs:
@@ -208,19 +214,6 @@ def test_a_version_and_a_measured_number_stand_for_any(tmp_path):
     )
     (block,) = blocks_of(page)
     test_block_runs_and_prints_what_follows_it(block, tmp_path)
-
-
-def test_missing_library_fails_where_it_was_installed(tmp_path, monkeypatch):
-    """A skip elsewhere; under `make test-frameworks` a block that cannot import is an error."""
-    page = tmp_path / "page.md"
-    page.write_text("```python\nimport no_such_library\n```\n")
-    (block,) = blocks_of(page)
-    monkeypatch.delenv("LPLN_TEST_FRAMEWORKS", raising=False)
-    with pytest.raises(pytest.skip.Exception, match="needs no_such_library"):
-        test_block_runs_and_prints_what_follows_it(block, tmp_path)
-    monkeypatch.setenv("LPLN_TEST_FRAMEWORKS", "1")
-    with pytest.raises(pytest.fail.Exception, match="needs no_such_library"):
-        test_block_runs_and_prints_what_follows_it(block, tmp_path)
 
 
 @pytest.mark.parametrize("name", lpln_autopatch.__all__)

@@ -33,8 +33,20 @@ def test_route_that_acted_is_named(route):
     status, found = doctor(LPLN_PRECISION="bf16", **ROUTES[route])
     assert (status, found["problem"], found["acted"]) == (0, None, route)
     assert found["routes"][route] == {"usable": True, "detail": ""}
-    in_force = [found[key] for key in ("precision", "backend", "source", "installed")]
-    assert in_force == ["amp_bf16", "native", "environment", True]
+    in_force = [found[key] for key in ("precision", "backend", "norms", "source", "installed")]
+    assert in_force == ["amp_bf16", "native", ["layer_norm"], "environment", True]
+
+
+def test_norms_are_those_of_the_variable():
+    """LPLN_NORMS is among the variables; what it names is in force, is tried, and is said."""
+    result = run_python(
+        "-m", "lpln_autopatch", LPLN_PRECISION="bf16", LPLN_NORMS="group_norm", **A_ROUTE
+    )
+    rows = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+    assert ["LPLN_NORMS", "group_norm"] in rows
+    assert ["norms", "group_norm"] in rows
+    last = "GroupNorm is lowered: precision amp_bf16, by the route sitecustomize."
+    assert result.stdout.splitlines()[-1] == last
 
 
 @pytest.mark.parametrize("value", ["", "off"])
@@ -44,6 +56,8 @@ def test_nothing_asked_for_is_no_problem(value):
     assert (status, found["problem"], found["acted"], found["precision"]) == (0, None, None, None)
     assert not found["installed"]
     assert found["environment"]["LPLN_PRECISION"] == value
+    shown = run_python("-m", "lpln_autopatch", LPLN_PRECISION=value, **A_ROUTE).stdout
+    assert shown.splitlines()[-1] == f"LPLN_PRECISION is {value!r}: LayerNorm is as PyTorch has it."
 
 
 @pytest.mark.parametrize(
@@ -51,6 +65,7 @@ def test_nothing_asked_for_is_no_problem(value):
     [
         ({"LPLN_PRECISION": "bf61", **A_ROUTE}, "LPLN_PRECISION='bf61' is not a precision"),
         ({"LPLN_PRECISION": "fp32", **A_ROUTE}, "precision 'fp32' never engages."),
+        ({"LPLN_PRECISION": "amp", "LPLN_NORMS": "x", **A_ROUTE}, "LPLN_NORMS='x': 'x' is no"),
         ({"LPLN_PRECISION": "amp", "LPLN_BACKEND": "x", **A_ROUTE}, "LPLN_BACKEND='x' is not"),
         (
             {"LPLN_PRECISION": "amp", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
@@ -96,7 +111,7 @@ wrapt.register_post_import_hook(replace, "torch")
     )
 
 
-@pytest.mark.parametrize("module", ["torch", "wrapt"])
+@pytest.mark.parametrize("module", ["torch", "wrapt", "importlib_metadata"])
 def test_broken_import_is_a_problem(tmp_path, module):
     """Where torch or wrapt does not import the doctor says so, with or without the variable."""
     (tmp_path / f"{module}.py").write_text("raise ImportError('broken here')")
@@ -107,11 +122,12 @@ def test_broken_import_is_a_problem(tmp_path, module):
 
 
 def test_old_wrapt_is_a_problem(tmp_path):
-    """A wrapt that imports and lacks what we use of it: JSON and a reason, no traceback."""
+    """A wrapt that imports and lacks what we use of it: JSON and what to do, no traceback."""
     (tmp_path / "sitecustomize.py").write_text("import wrapt; del wrapt.wrapper_chain")
     status, found = doctor(PYTHONPATH=str(tmp_path), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert status == 1
-    assert "has no attribute 'wrapper_chain'" in found["problem"]
+    assert "needs wrapt 2.4 or later" in found["problem"]
+    assert "pip install" in found["problem"]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +135,7 @@ def test_old_wrapt_is_a_problem(tmp_path):
     [
         ("enable('bf16')", {"LPLN_PRECISION": "amp"}, "What is in force comes from enable in this"),
         ("enable('bf16')", {}, None),
+        ("enable('fp32')", {}, None),
         ("enable('bf16')", {"LPLN_PRECISION": "amp", **A_ROUTE}, None),
         ("enable('fp32')", {"LPLN_PRECISION": "amp", **A_ROUTE}, "precision 'fp32' never engages."),
         ("disable()", {"LPLN_PRECISION": "amp", **A_ROUTE}, "disable in this process has undone"),
@@ -137,7 +154,11 @@ def test_call_in_the_process_is_not_taken_for_a_route(tmp_path, call, environmen
     environment = {**A_ROUTE, **environment, "PYTHONPATH": path}
     result = run_python("-m", "lpln_autopatch", check=False, **environment)
     last = result.stdout.splitlines()[-1]
-    if problem is None:
+    if call == "enable('fp32')" and "LPLN_PRECISION" not in environment:
+        assert result.returncode == 0
+        never = "precision fp32 never engages, by enable in this process."
+        assert last == f"LayerNorm is stock: {never}"
+    elif problem is None:
         assert result.returncode == 0
         assert last == "LayerNorm is lowered: precision amp_bf16, by enable in this process."
     else:

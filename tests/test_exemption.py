@@ -225,3 +225,28 @@ def test_graph_break_inside_an_exempt_module(lowered):
     thread.start()
     thread.join()
     assert seen == ["sllll"] * 2
+
+
+MASK = torch.tensor([True, False, True, True])
+AFTER_A_NORM = {
+    "numpy": lambda y: y.detach().numpy(),
+    "mask": lambda y: torch.zeros(4, 8).__setitem__(MASK, y[MASK]),
+    "scatter": lambda y: torch.zeros(4, 8).scatter(0, torch.zeros(4, 8, dtype=torch.long), y),
+    "index_add": lambda y: torch.zeros(4, 8).index_add(0, torch.arange(4), y),
+    "masked_scatter": lambda y: torch.zeros(4, 8).masked_scatter(MASK[:, None], y),
+    "quantized Linear": lambda y: torch.ao.quantization.quantize_dynamic(
+        torch.nn.Sequential(torch.nn.Linear(8, 8)), {torch.nn.Linear}
+    )(y),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(TORCH_VERSION < (2, 5), reason="the list in docs/pitfalls.md is of later ones")
+@pytest.mark.parametrize("after", AFTER_A_NORM.values(), ids=AFTER_A_NORM)
+def test_what_takes_float32_alone_works_behind_an_exempt_norm(layer_norm, after):
+    """docs/pitfalls.md: it raises behind a lowered norm, and not behind an exempt one."""
+    with low_precision_layernorm(), autocast(), torch.no_grad():
+        with pytest.raises((RuntimeError, TypeError)):
+            after(layer_norm(torch.randn(4, 8)))
+        lpln.exempt(layer_norm)
+        after(layer_norm(torch.randn(4, 8)))

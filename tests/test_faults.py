@@ -7,11 +7,14 @@ test_patch.py, exceptions in a recomputation in test_checkpoint.py.
 from __future__ import annotations
 
 import functools
+import gc
 import os
+import sys
 import textwrap
 import threading
 import time
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ import wrapt
 from support import A_ROUTE, autocast, needs_dynamo, output_dtype, run_python
 
 import lpln_autopatch as lpln
-from lpln_autopatch import backends, low_precision_layernorm
+from lpln_autopatch import backends, low_precision_layernorm, patch, state
 from lpln_autopatch.torch_compat import CHECKPOINT_ENTRIES, TORCH_VERSION, autocast_dtype
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -221,6 +224,328 @@ def test_blocks_while_a_thread_runs_compiled_code(layer_norm):
     thread.join()
     assert errors == []
     assert seen == {FP32, BF16}
+
+
+# What compiles has no nn.Linear, and each thread enters autocast once: several threads that enter
+# autocast while another one compiles wait for each other in PyTorch itself.
+SWITCHED_WHILE_COMPILED_CODE_RUNS = """
+import sys, threading, time
+import torch, lpln_autopatch as lpln
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(16) for _ in range(2))
+    def forward(self, x):
+        return self.norms[1](self.norms[0](x) * 2)
+
+model = torch.compile(torch.nn.Sequential(Block(), Block(), Block()), backend="eager")
+x = torch.randn(4, 16)
+ran, stop = [], threading.Event()
+
+def work():
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        while not stop.is_set():
+            try:
+                ran.append(model(x).dtype)
+            except Exception:  # Dynamo's own, where a function changes while it is traced
+                ran.append(None)
+
+threads = [threading.Thread(target=work) for _ in range(2)]
+for thread in threads:
+    thread.start()
+while len(ran) < 100:
+    time.sleep(0.01)
+end = time.monotonic() + 2
+while time.monotonic() < end:
+    if sys.argv[1] == "blocks":
+        with lpln.low_precision_layernorm("bf16"):
+            time.sleep(0.001)
+    else:
+        lpln.enable("bf16")
+        time.sleep(0.001)
+        lpln.disable()
+stop.set()
+for thread in threads:
+    thread.join(60)
+print(torch.bfloat16 in ran, torch.float32 in ran)
+"""
+
+
+@needs_dynamo
+@pytest.mark.parametrize("how", ["blocks", "enable and disable"])
+def test_switching_while_threads_run_compiled_code_never_crashes(how):
+    """Blocks, or enable() and disable(), for two seconds beside two threads: no crash, both ran.
+
+    That began with the first activation, which is why this is a process of its own.
+    """
+    result = run_python("-c", SWITCHED_WHILE_COMPILED_CODE_RUNS, how, check=False, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines()[-1] == "True True"
+
+
+DISABLED_DURING_IMPORT = """
+import sys, threading
+import lpln_autopatch as lpln
+
+class Pause:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1] and not importing.is_set():
+            importing.set()
+            disabling.wait(60)
+            disabler.join(0.5)
+
+importing, disabling = threading.Event(), threading.Event()
+
+def disable():
+    disabling.set()
+    lpln.disable()
+
+sys.meta_path.insert(0, Pause())
+importer = threading.Thread(target=lambda: __import__("torch"), daemon=True)
+disabler = threading.Thread(target=disable, daemon=True)
+importer.start()
+importing.wait(60)
+disabler.start()
+importer.join(60)
+disabler.join(60)
+print(importer.is_alive(), disabler.is_alive(), lpln.status().precision)
+"""
+
+
+@pytest.mark.parametrize("module", ["torch.nn.functional", "lpln_autopatch.patch"])
+def test_disable_while_another_thread_imports_torch(module):
+    """With LPLN_PRECISION set, neither waits for the other, and what is asked for last holds."""
+    result = run_python(
+        "-c", DISABLED_DURING_IMPORT, module, LPLN_PRECISION="amp", timeout=150, **A_ROUTE
+    )
+    assert result.stdout.split() == ["False", "False", "None"]
+
+
+FIRST_ACTIVATION_DURING_COMPILATION = """
+import sys, threading
+import torch, lpln_autopatch as lpln
+
+compiling, activated = threading.Event(), threading.Event()
+
+def use_us(*arguments):
+    compiling.set()
+    lpln.status()
+    with lpln.low_precision_layernorm("bf16"):
+        pass
+    print("in time", activated.wait(60))
+
+def backend(graph, inputs):
+    use_us()
+    return graph.forward
+
+if sys.argv[1] == "callback":
+    import torch._dynamo.callback
+    torch._dynamo.callback.on_compile_start(use_us)
+    backend = "eager"
+compiled = torch.compile(torch.nn.LayerNorm(8), backend=backend)
+
+def compile_it():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        print(compiled(torch.randn(4, 8)).dtype)
+
+def activate():
+    with lpln.low_precision_layernorm("bf16"):
+        lpln.status()
+    activated.set()
+
+threads = [threading.Thread(target=f, daemon=True) for f in (compile_it, activate)]
+threads[0].start()
+compiling.wait(60)
+threads[1].start()
+for thread in threads:
+    thread.join(60)
+print("alive", any(thread.is_alive() for thread in threads))
+"""
+
+
+@needs_dynamo
+@pytest.mark.parametrize("where", ["callback", "backend"])
+def test_first_activation_while_another_thread_compiles(where):
+    """A compile callback, or a compile backend, may ask us meanwhile, and nobody waits for good."""
+    code = FIRST_ACTIVATION_DURING_COMPILATION
+    result = run_python("-c", code, where, timeout=150)
+    assert result.stdout.splitlines() == ["in time True", "torch.float32", "alive False"]
+
+
+@needs_dynamo
+def test_dynamo_is_told_once_by_threads_that_activate_first():
+    """Two threads at once in the first activation: Dynamo refuses to be told twice."""
+    code = """
+        import threading, torch, torch._dynamo
+        import lpln_autopatch as lpln
+        from lpln_autopatch import norms, patch, state
+
+        both, errors = threading.Barrier(2, timeout=60), []
+        tell = patch.trace_through
+        patch.trace_through = lambda wrappers: (both.wait(), tell(wrappers))
+
+        def work():
+            try:
+                with lpln.low_precision_layernorm("bf16"):
+                    pass
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print(errors)
+    """
+    assert run_python("-c", textwrap.dedent(code)).stdout == "[]\n"
+
+
+# What is asked for while something else is going on.
+
+
+def test_disable_before_torch_is_imported_holds():
+    """With LPLN_PRECISION set: it imports torch itself, and then undoes the variable."""
+    code = "import lpln_autopatch; lpln_autopatch.disable(); import torch; print(dtype())"
+    result = run_python("-c", DTYPE + code, LPLN_PRECISION="amp", **A_ROUTE)
+    assert result.stdout == "torch.float32\n"
+
+
+def block_in_a_cycle() -> None:
+    """Leave a block to the garbage collector: a generator that holds it, in a cycle."""
+
+    def generator():
+        with low_precision_layernorm("fp32"), low_precision_layernorm("bf16"):
+            yield
+
+    held = [generator()]
+    next(held[0])
+    held.append(held)
+
+
+@pytest.mark.filterwarnings("ignore::lpln_autopatch.NoEffectWarning")
+@pytest.mark.parametrize("what", ["enable", "disable", "block"])
+def test_block_that_the_garbage_collector_closes_in_a_change(layer_norm, what):
+    """Wherever in a change it happens, the change holds, and nothing is left of the block."""
+    original = vars(LayerNorm)["forward"]
+
+    def change() -> None:
+        block.__enter__() if what == "block" else getattr(lpln, what)()
+
+    def collect_at(frame, event, argument) -> None:
+        if frame.f_globals is vars(state) or frame.f_globals is vars(patch):
+            calls.append(event)
+        if len(calls) == position:
+            sys.setprofile(None)
+            gc.collect()
+
+    position, calls = 0, []
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at every time
+    gc.disable()
+    try:
+        while len(calls) >= position:
+            position, calls = position + 1, []
+            block = low_precision_layernorm("amp")
+            if what == "disable":
+                lpln.enable()
+            block_in_a_cycle()
+            sys.setprofile(collect_at)
+            change()
+            sys.setprofile(None)
+            gc.collect()
+            expected = (None, FP32) if what == "disable" else ("amp", BF16)
+            assert (lpln.status().precision, output_dtype(layer_norm)) == expected, position
+            if what == "block":
+                block.__exit__(None, None, None)
+            lpln.disable()
+            assert vars(LayerNorm)["forward"] is original, position
+    finally:
+        sys.setprofile(None)
+        gc.enable()
+        gc.unfreeze()
+    assert position > 10
+
+
+@pytest.mark.parametrize("name", ["forward", "layer_norm"])
+def test_mock_around_an_activation_is_seen(layer_norm, name):
+    """mock.patch puts the original back over our wrapper: status() says so, disable() is silent.
+
+    The next enable() lowers again.
+    """
+    holder = LayerNorm if name == "forward" else torch.nn.functional
+    original = vars(holder)[name]
+    with mock.patch.object(holder, name, lambda *args, **kwargs: args[-1]):
+        lpln.enable()
+    assert vars(holder)[name] is original
+    assert not lpln.status().installed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lpln.disable()
+        lpln.enable()
+        assert lpln.status().installed
+        assert output_dtype(layer_norm) is BF16
+        lpln.disable()
+    assert vars(holder)[name] is original
+
+
+EXPORTED_UNDER_CUDAS_LISTS = """
+import sys
+import torch, torch.nn.functional as F
+import lpln_autopatch as lpln
+from lpln_autopatch import backends
+
+def in_float32(x, shape, weight=None, bias=None, eps=1e-5, enable=True):
+    with torch._C._DisableAutocast():
+        weight = weight if weight is None else weight.float()
+        bias = bias if bias is None else bias.float()
+        return torch.layer_norm(x.float(), shape, weight, bias, eps)
+
+library = torch.library.Library("aten", "IMPL")
+library.impl("layer_norm", in_float32, "AutocastCPU")
+
+def recording(x, *arguments):
+    seen.append(type(x).__name__)
+    return backends.native.normalise(x, *arguments)
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(8)
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.norm(x), F.layer_norm(x, (8,)), self.norm(x.bfloat16())
+
+seen, model, x = [], Model(), torch.randn(4, 8)
+backends._BUILT_IN["recording"] = lambda: recording
+print({y.dtype for y in model(x)})
+with lpln.low_precision_layernorm(backend="recording"):
+    eager = model(x)
+    seen.clear()
+    exported = torch.export.export(model, (x,), strict=sys.argv[1] == "strict")
+print(seen)
+for program in (exported, exported.run_decompositions()):
+    got = program.module()(x)
+    metadata = [node.meta["val"].dtype for node in program.graph.output_node().args[0]]
+    print({y.dtype for y in eager}, metadata == [y.dtype for y in got])
+    print([torch.equal(a, b) for a, b in zip(got, eager)])
+"""
+
+
+@pytest.mark.skipif(TORCH_VERSION < (2, 5), reason="torch.export of older versions differs")
+@pytest.mark.parametrize("how", ["strict", "not strict"])
+def test_exported_program_gives_what_the_eager_one_gave(how):
+    """Where autocast has LayerNorm on its float32 list, as on CUDA: dtypes, values, metadata.
+
+    A backend sees no tensor of the export. In a process of its own, for the list of the CPU's
+    autocast is changed.
+    """
+    first, seen, *rest = run_python(
+        "-W", "ignore", "-c", EXPORTED_UNDER_CUDAS_LISTS, how
+    ).stdout.splitlines()
+    assert (first, seen) == ("{torch.float32}", "[]")
+    assert rest == ["{torch.bfloat16} True", "[True, True, True]"] * 2
 
 
 # Forks.
@@ -462,3 +787,33 @@ def test_variable_with_a_backend_that_does_not_load_stops_the_process(third_part
     assert FAULTS[name] in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("lpln_autopatch: ")
+
+
+@pytest.mark.parametrize("package", [False, True])
+def test_backend_that_imports_torch_may_be_imported_first(tmp_path, package):
+    """LPLN_BACKEND names a module whose first line is `import torch`: it is loaded when called.
+
+    Imported before torch, it is only half there when the variable is read.
+    """
+    home = tmp_path / "half" if package else tmp_path
+    home.mkdir(exist_ok=True)
+    (tmp_path / "half" / "__init__.py" if package else tmp_path / "half.py").write_text(
+        "import torch\ncalls = []\n"
+        "def normalise(x, shape, weight, bias, eps, dtype):\n"
+        "    calls.append(eps)\n"
+        "    return torch.layer_norm(x, shape, weight, bias, eps).to(dtype)\n"
+        "not_a_function = 0\n"
+    )
+    (tmp_path / "half-1.0.dist-info").mkdir()
+    (tmp_path / "half-1.0.dist-info" / "METADATA").write_text("Name: half\nVersion: 1.0\n")
+    (tmp_path / "half-1.0.dist-info" / "entry_points.txt").write_text(
+        "[lpln_autopatch.backends]\nhalf = half:normalise\nwrong = half:not_a_function\n"
+    )
+    environment = {"PYTHONPATH": f"{A_ROUTE['PYTHONPATH']}:{tmp_path}"}
+    code = "import half, torch, lpln_autopatch\n" + DTYPE + "print(dtype(), half.calls)\n"
+    code += "print(lpln_autopatch.status().backend)"
+    variables = {"LPLN_PRECISION": "amp", **A_ROUTE, **environment}
+    result = run_python("-c", code, LPLN_BACKEND="half", **variables)
+    assert result.stdout.splitlines() == ["torch.bfloat16 [1e-05]", "half"]
+    result = run_python("-c", code, check=False, LPLN_BACKEND="wrong", **variables)
+    assert "LPLN_BACKEND='wrong': the backend half:not_a_function is 0" in result.stderr

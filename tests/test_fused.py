@@ -5,6 +5,7 @@ make test-fused
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import textwrap
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import run_python
+from support import needs_gpu, run_elsewhere, run_python
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -24,13 +25,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
-runs_kernels = pytest.mark.skipif(
-    not CUDA and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="kernels need a GPU or TRITON_INTERPRET=1; `make test-fused`, in CI, runs this",
-)
-
-needs_gpu = pytest.mark.skipif(
-    not CUDA, reason="needs a CUDA GPU; the interpreter runs the same kernels elsewhere here"
+runs_kernels = run_elsewhere(
+    not CUDA and os.environ.get("TRITON_INTERPRET") != "1", "make test-fused"
 )
 
 
@@ -104,9 +100,16 @@ def check(x, normalized_shape, weight, bias, dtype=BF16):
     assert_rounded_once(results, exact(x, normalized_shape, weight, bias, dy))
 
 
+def test_float64_parameters_are_not_the_kernels():
+    """Native refuses them with PyTorch's own error, and stock: the kernels do not take them."""
+    x, weight = torch.randn(4, 8), torch.ones(8)
+    assert fused._takes_parameter(weight, x, (8,))
+    assert not fused._takes_parameter(weight.double(), x, (8,))
+
+
 @runs_kernels
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("parameters", [FP32, BF16, FP16, FP64])
+@pytest.mark.parametrize("parameters", [FP32, BF16, FP16])
 @pytest.mark.parametrize("x_dtype", [FP32, BF16, FP16])
 def test_every_dtype_is_rounded_once(x_dtype, parameters, dtype):
     """Output and gradients are float64's, rounded once, for every mix of dtypes."""
@@ -576,7 +579,7 @@ def test_cuda_graph_and_other_stream():
     assert all(torch.equal(c, e) for c, e in zip(captured, expected, strict=True))
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs; one is tested above")
+@run_elsewhere(torch.cuda.device_count() < 2, "two CUDA GPUs")
 def test_second_gpu():
     """A tensor on a device that is not the current one."""
     x, shape, w, b = (
@@ -602,9 +605,9 @@ def test_more_elements_than_32_bits_count():
     assert torch.equal(dx[-9:], last_dx)
 
 
+@run_elsewhere(importlib.util.find_spec("triton") is None, "make test-fused")
 def test_kernels_compile_for_a_gpu_that_is_not_here():
     """Triton compiles the tiles that are launched for compute capability 9.0, to machine code."""
-    pytest.importorskip("triton", reason="`make test-fused`, in CI, installs Triton")
     printed = run_python("-c", COMPILE, TRITON_INTERPRET="0").stdout
     assert printed.split() == ["forward", "backward"] * 4 + ["reduce"] * 3
 

@@ -11,7 +11,7 @@ import wrapt
 from support import autocast, output_dtype
 
 import lpln_autopatch as lpln
-from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch import low_precision_layernorm, norms
 from lpln_autopatch.torch_compat import CHECKPOINT_ENTRIES, CHECKPOINT_RECOMPUTATIONS
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -130,6 +130,40 @@ def test_wrapper_of_somebody_else_beneath_is_called(theirs, layer_norm):
         LayerNorm.forward = original
 
 
+class Descriptor:
+    """A function of a module that is neither a function nor a partialmethod."""
+
+    def __get__(self, module, owner=None):
+        return self if module is None else lambda x: x * 3
+
+
+FOREIGN = {
+    "another norm's": getattr(torch.nn.modules.normalization, "RMSNorm", LayerNorm).forward,
+    "partialmethod": functools.partialmethod(lambda self, scale, x: x * scale, 2),
+    "descriptor": Descriptor(),
+    "torch's, of another class": torch.nn.GELU.forward,
+}
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "RMSNorm"), reason="needs torch 2.4; CI has it")
+@pytest.mark.parametrize("theirs", FOREIGN.values(), ids=FOREIGN)
+def test_only_torchs_own_forward_is_replaced(theirs, layer_norm, monkeypatch):
+    """Whatever else is there runs as it is: its output is rounded, and disable() gives it back."""
+    layer_norm.approximate = "none"  # of GELU
+    monkeypatch.setattr(LayerNorm, "forward", theirs)
+    x = torch.randn(4, 8)
+    expected = layer_norm(x)
+    lpln.enable()
+    with autocast():
+        lowered = layer_norm(x)
+        assert torch.equal(lowered, expected.to(BF16))
+        lpln.exempt(layer_norm)
+        assert torch.equal(layer_norm(x), expected)
+    assert torch.equal(layer_norm(x), expected)
+    lpln.disable()
+    assert vars(LayerNorm)["forward"] is theirs
+
+
 def test_enable_after_somebody_put_the_original_back(layer_norm):
     """A patcher that restores what it saved removes ours: the next enable() puts it on again."""
     original = vars(LayerNorm)["forward"]
@@ -179,6 +213,23 @@ def test_inactive_process_is_bit_identical(layer_norm):
     assert equal(run(), untouched)
     lpln.disable()
     assert equal(run(), untouched)
+
+
+def test_source_of_a_wrapper_is_found():
+    """By inspect, under the file name that begins with torch's: of code, frames and LPLayerNorm."""
+    source = inspect.getsource(inspect.getmodule(norms.Target))
+    for target in norms.TARGETS:
+        code = inspect.getsource(target.wrapper.__code__)
+        assert code.startswith(f"def {target.wrapper.__name__}(")
+        assert code in source
+    assert "decide(lowering" in inspect.getsource(lpln.LPLayerNorm.forward.__code__)
+    torchs = inspect.getsource(torch.nn.functional.layer_norm)
+    lpln.enable()
+    assert inspect.getsource(torch.nn.functional.layer_norm) == torchs
+    with pytest.raises(RuntimeError) as error:
+        torch.nn.functional.layer_norm(torch.randn(2, 3), (4,))
+    _, ours, *_ = inspect.getinnerframes(error.tb)
+    assert "_layer_norm(" in ours.code_context[0]
 
 
 def test_patcher_that_came_and_went_leaves_no_trace():

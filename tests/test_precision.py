@@ -22,6 +22,9 @@ class ComposerPrecision(enum.Enum):
         ("amp", BOTH),
         ("amp_fp16", {torch.float16}),
         (torch.float16, {torch.float16}),
+        ("float16", {torch.float16}),
+        ("bfloat16", {torch.bfloat16}),
+        (" amp\n", BOTH),
         ("bf16", {torch.bfloat16}),
         ("amp_bf16", {torch.bfloat16}),
         (torch.bfloat16, {torch.bfloat16}),
@@ -46,6 +49,7 @@ def test_unknown_precision_is_refused(value):
     with pytest.raises(ValueError, match=r"MY_SOURCE=.* is not a precision") as error:
         Precision.parse(value, "MY_SOURCE")
     assert f"MY_SOURCE={value!r}" in str(error.value)
+    assert ", off" not in str(error.value)
     for name in ("amp", "amp_fp16", "bf16", "fp32", "torch.bfloat16"):
         assert name in str(error.value)
 

@@ -15,14 +15,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, run_elsewhere
 
 import lpln_autopatch
 
 DIST = Path(os.environ.get("LPLN_TEST_DIST", "")).resolve()
-pytestmark = pytest.mark.skipif(
-    "LPLN_TEST_DIST" not in os.environ, reason="needs `make dist`, which CI runs, to build first"
-)
+pytestmark = run_elsewhere("LPLN_TEST_DIST" not in os.environ, "make dist")
 OUTPUT_DTYPE = """
 import torch
 with torch.autocast("cpu", dtype=torch.bfloat16):

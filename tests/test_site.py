@@ -7,14 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, run_elsewhere
 
 import lpln_autopatch
 
 SITE = Path(os.environ.get("LPLN_TEST_SITE", ""))
-pytestmark = pytest.mark.skipif(
-    "LPLN_TEST_SITE" not in os.environ, reason="needs the site; `make docs`, and CI, build it first"
-)
+pytestmark = run_elsewhere("LPLN_TEST_SITE" not in os.environ, "make docs")
 
 
 @pytest.mark.parametrize("name", lpln_autopatch.__all__)

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import copy
 import enum
+import gc
 import io
 import pickle
+import textwrap
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -296,6 +299,109 @@ def test_compiled_model_follows(layer_norm):
         assert output_dtype(compiled) is BF16
         revert_low_precision_layernorm(compiled)
         assert output_dtype(compiled) is FP32
+
+
+def test_saved_model_whose_backend_is_missing_is_normalised_natively(layer_norm, tmp_path):
+    """A model that was saved whole with surgery backend="fused" loads and runs without Triton.
+
+    With the backend there, it is used again.
+    """
+    code = """
+        import sys, torch, warnings
+        import lpln_autopatch as lpln
+        from lpln_autopatch import backends
+
+        def mine(x, *arguments):
+            calls.append(x)
+            return backends.native.normalise(x, *arguments)
+
+        calls = []
+        if sys.argv[1] == "save":
+            backends._BUILT_IN["fused"] = lambda: mine
+            model = torch.nn.Sequential(torch.nn.LayerNorm(8))
+            lpln.apply_low_precision_layernorm(model, backend="fused")
+            torch.save(model, sys.argv[2])
+        else:
+            sys.modules["triton"] = None
+            if sys.argv[1] == "there":
+                backends._BUILT_IN["fused"] = lambda: mine
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model = torch.load(sys.argv[2], weights_only=False)
+            print([w.category.__name__ for w in caught if "'fused'" in str(w.message)])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            print(model(torch.randn(2, 8)).dtype, len(calls))
+    """
+    results = [
+        run_python("-c", textwrap.dedent(code), how, str(tmp_path / "model.pt")).stdout.split("\n")
+        for how in ("save", "there", "missing")
+    ]
+    assert results == [
+        ["torch.bfloat16 1", ""],
+        ["[]", "torch.bfloat16 1", ""],
+        ["['RuntimeWarning']", "torch.bfloat16 0", ""],
+    ]
+
+
+def test_subclass_that_cannot_be_subclassed_leaves_nothing_half_done(layer_norm):
+    """Its own error, and every module as it was: those before it in the model too."""
+
+    class Final(nn.LayerNorm):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("Final is final")
+
+    model = nn.Sequential(layer_norm, Final(8), nn.LayerNorm(8))
+    with pytest.raises(TypeError, match="Final is final"):
+        apply_low_precision_layernorm(model)
+    assert [type(module) for module in model] == [nn.LayerNorm, Final, nn.LayerNorm]
+    assert not any("_lowering" in vars(module) for module in model)
+
+
+def test_class_of_a_subclass_goes_with_it():
+    """A class that surgery made lives as long as a module of it, and the subclass no longer."""
+
+    def change_one() -> weakref.ref:
+        cls = type("Passing", (nn.LayerNorm,), {})
+        first, second = cls(8), cls(8)
+        apply_low_precision_layernorm(nn.ModuleList([first, second]))
+        assert type(first) is type(second) is not cls
+        return weakref.ref(cls)
+
+    passing = change_one()
+    gc.collect()  # our class, whose entry holds theirs
+    gc.collect()
+    assert passing() is None
+
+
+class BehindGraphBreaks(nn.Module):
+    """LayerNorms of different widths, none of which is in a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in range(8, 20))
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        for width, norm in enumerate(self.norms, 8):
+            torch._dynamo.graph_break()
+            y = norm(x[:, :width])
+        return y
+
+
+@needs_dynamo
+@pytest.mark.parametrize("surgery", [False, True])
+def test_norms_behind_graph_breaks_are_no_frames_of_their_own(surgery):
+    """Nothing is compiled for them, as for stock ones; a LayerNorm that is compiled itself is."""
+    from torch._dynamo.testing import CompileCounter
+
+    model, norm, count = BehindGraphBreaks(), nn.LayerNorm(8), CompileCounter()
+    if surgery:
+        apply_low_precision_layernorm(nn.ModuleList([model, norm]))
+    dtype = BF16 if surgery else FP32
+    assert output_dtype(torch.compile(model, backend=count), torch.randn(4, 32)) is dtype
+    assert count.frame_count == 0
+    assert output_dtype(torch.compile(norm, backend=count, fullgraph=True)) is dtype
+    assert count.frame_count == 1
 
 
 @pytest.mark.skipif(TORCH_VERSION < (2, 0), reason="torch 1.13's parametrize differs; CI runs it")

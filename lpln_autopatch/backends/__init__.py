@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from importlib_metadata import entry_points
+from importlib_metadata import EntryPoint, entry_points
 
 from lpln_autopatch import torch_compat
-from lpln_autopatch.backends import apex, fused, native
+from lpln_autopatch.backends import apex, fused, lean, native
+from lpln_autopatch.exemption import run_stock
 from lpln_autopatch.precision import Precision
 
 
@@ -50,13 +54,38 @@ class Backend(Protocol):
         """
 
 
+@dataclasses.dataclass(frozen=True)
+class _OfAnotherPackage:
+    """A backend of another package, loaded when it is first called if not before.
+
+    If it calls `F.layer_norm`, that is stock, and not lowered by it again.
+    """
+
+    load: Callable[[], Backend]
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        normalized_shape: Sequence[int],
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        arguments = (x, normalized_shape, weight, bias, eps, dtype)
+        y: torch.Tensor = run_stock("inside a backend", self.load(), *arguments)
+        return y
+
+
 GROUP = "lpln_autopatch.backends"
 """The entry point group of backends that other distributions bring. Each names a `Backend`."""
 
 _BUILT_IN: dict[str, Callable[[], Backend]] = {
     "native": lambda: native.normalise,
     "fused": fused.load,
+    "lean": lean.load,
     "apex": apex.load,
+    "apex_lean": apex.load_lean,
 }
 
 
@@ -64,9 +93,9 @@ def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
     """The backend that `name` chooses for `precision`: its own name, and what normalises.
 
     Args:
-        name: "auto", "native", "fused", "apex", or the name of an entry point in the group
-            `lpln_autopatch.backends`. "auto" is what LPLN_BACKEND says, or else the rule of
-            `automatic`.
+        name: "auto", "native", "fused", "lean", "apex", "apex_lean", or the name of an entry point
+            in the group `lpln_autopatch.backends`. "auto" is what LPLN_BACKEND says, or else the
+            rule of `automatic`.
         precision: What is asked for.
 
     Raises:
@@ -85,16 +114,33 @@ def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
             raise ImportError(f"{argument}={name!r}: {error}") from error
     for entry_point in entry_points(group=GROUP, name=name):
         where = f"{argument}={name!r}: the backend {entry_point.value}"
-        try:
-            backend = entry_point.load()
-        except Exception as error:
-            raise ImportError(
-                f"{where} does not load: {error!r}. Repair or uninstall it, or name another one."
-            ) from error
-        if not callable(backend):
-            raise ImportError(f"{where} is {backend!r}, not a function. Name another one.")
-        return name, backend
+        load = functools.cache(functools.partial(_load, entry_point, where))
+        if not _is_being_imported(entry_point.module):
+            load()
+        return name, _OfAnotherPackage(load)
     raise ValueError(f"{argument}={name!r} is not a backend. Valid: auto, {', '.join(names())}.")
+
+
+def _load(entry_point: EntryPoint, where: str) -> Backend:
+    try:
+        backend: Backend = entry_point.load()
+    except Exception as error:
+        raise ImportError(
+            f"{where} does not load: {error!r}. Repair or uninstall it, or name another one."
+        ) from error
+    if not callable(backend):
+        raise ImportError(f"{where} is {backend!r}, not a function. Name another one.")
+    return backend
+
+
+def _is_being_imported(module: str) -> bool:
+    """Whether `module`, or a package that it is in, is only half there.
+
+    So it is if its first line imports torch, which activates us, and LPLN_BACKEND names it.
+    """
+    parts = module.split(".")
+    packages = [sys.modules.get(".".join(parts[: n + 1])) for n in range(len(parts))]
+    return any(getattr(getattr(p, "__spec__", None), "_initializing", False) for p in packages)
 
 
 def names() -> list[str]:
@@ -120,3 +166,6 @@ def automatic(precision: Precision) -> str:
         )
         return "native"
     return "apex"
+
+
+torch_compat.never_a_frame_of_its_own(_OfAnotherPackage.__call__)

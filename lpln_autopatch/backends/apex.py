@@ -6,12 +6,17 @@ import importlib
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from lpln_autopatch.backends import native
-from lpln_autopatch.torch_compat import autocast_disabled, forward_mode_is_on
+from lpln_autopatch.torch_compat import (
+    autocast_disabled,
+    forward_mode_is_on,
+    something_intercepts_operators,
+)
 
 if TYPE_CHECKING:
     from lpln_autopatch.backends import Backend
@@ -21,6 +26,9 @@ _BUILD = (
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ./"
 )
 
+# What a class has that lets PyTorch's operators run on its tensors as they are.
+_NO_DISPATCH = getattr(torch.Tensor, "__torch_dispatch__", None)
+
 
 def load() -> Backend:
     """`normalise`, if NVIDIA apex is here with its CUDA extension.
@@ -29,11 +37,31 @@ def load() -> Backend:
         ImportError: apex is not installed, or the project of that name from the package index
             is, or NVIDIA's without its CUDA extension. What to do in each case.
     """
+    _find()
+    return normalise
+
+
+def load_lean() -> Backend:
+    """`normalise_memory_efficient`, if apex is here and has the option of that name.
+
+    Raises:
+        ImportError: as for `load`; or this apex is older than the option.
+    """
+    # Not by importing it, which torch and CUDA must be up for.
+    source = _find() / "normalization" / "fused_layer_norm.py"
+    if "memory_efficient" not in source.read_text():
+        raise ImportError(f"this NVIDIA apex has no memory_efficient: it is older. {_BUILD}")
+    return normalise_memory_efficient
+
+
+def _find() -> Path:
+    """The folder of NVIDIA apex, which has its CUDA extension."""
     apex = find_spec("apex")
     if apex is None:
         raise ImportError(f"NVIDIA apex is not installed. {_BUILD}")
     # Not by importing it: the other project needs packages of its own.
-    if PathFinder.find_spec("apex.normalization", apex.submodule_search_locations) is None:
+    normalization = PathFinder.find_spec("apex.normalization", apex.submodule_search_locations)
+    if normalization is None or not apex.submodule_search_locations:
         raise ImportError(
             f"{apex.origin} is not NVIDIA's. The package index has an unrelated "
             f"project of the same name: pip uninstall apex. {_BUILD}"
@@ -42,7 +70,7 @@ def load() -> Backend:
         raise ImportError(
             f"NVIDIA apex is installed without its CUDA extension (fused_layer_norm_cuda). {_BUILD}"
         )
-    return normalise
+    return Path(apex.submodule_search_locations[0])
 
 
 def normalise(
@@ -61,6 +89,35 @@ def normalise(
     Source:
         NVIDIA apex, `fused_layer_norm_affine` and `fused_layer_norm`.
     """
+    return _normalise(x, normalized_shape, weight, bias, eps, dtype)
+
+
+def normalise_memory_efficient(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`normalise`, with apex's `memory_efficient`: the output is kept for backward, not x.
+
+    Source:
+        NVIDIA apex, pull request 1715. A weight that is smaller than eps counts as eps in its
+        backward: the gradient of such a weight is wrong.
+    """
+    return _normalise(x, normalized_shape, weight, bias, eps, dtype, memory_efficient=True)
+
+
+def _normalise(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    **options: bool,
+) -> torch.Tensor:
     if not _takes(x, weight, bias, dtype):
         return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
     # Here, not at the top: torch and CUDA must be up before its extension loads.
@@ -69,12 +126,12 @@ def normalise(
     y: torch.Tensor
     # apex casts by itself, but only to what CUDA autocast says and only if it is on.
     with autocast_disabled():
+        x = x.to(dtype=dtype)
         if weight is None or bias is None:
-            y = fused.fused_layer_norm(x.to(dtype=dtype), shape, eps)
+            y = fused.fused_layer_norm(x, shape, eps, **options)
         else:
-            y = fused.fused_layer_norm_affine(
-                x.to(dtype=dtype), weight.to(dtype=dtype), bias.to(dtype=dtype), shape, eps
-            )
+            weight, bias = weight.to(dtype=dtype), bias.to(dtype=dtype)
+            y = fused.fused_layer_norm_affine(x, weight, bias, shape, eps, **options)
     return y
 
 
@@ -88,6 +145,16 @@ def _takes(
         # Its kernels have both parameters or none, and want a row.
         and (weight is None) == (bias is None)
         and x.numel() > 0
-        # Its autograd function has no forward-mode formula.
+        # Its autograd function has no formula for functorch's transforms and for forward mode,
+        # and its extension reads memory, which a fake tensor has not got.
+        and not something_intercepts_operators()
         and not forward_mode_is_on()
+        and not any(t is not None and _is_beyond_it(t) for t in (x, weight, bias))
+    )
+
+
+def _is_beyond_it(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` has a `__torch_dispatch__`, or autograd cannot save it for backward."""
+    return getattr(type(tensor), "__torch_dispatch__", None) is not _NO_DISPATCH or (
+        tensor.is_inference() and torch.is_grad_enabled()
     )

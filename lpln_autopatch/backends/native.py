@@ -12,6 +12,7 @@ import torch
 
 from lpln_autopatch.torch_compat import (
     CUDA_NORMALISES_BFLOAT16,
+    GRAPHS_KEEP_ROUNDED_INPUTS,
     autocast_disabled,
     is_compiling,
     never_a_frame_of_its_own,
@@ -37,21 +38,6 @@ def normalise(
     return lower(torch.layer_norm, x, normalized_shape, weight, bias, eps, dtype)
 
 
-def normalise_in_float32(
-    x: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Normalise `x` in float32 and round once, on every device: for what is compiled.
-
-    Arguments and result are those of `lpln_autopatch.backends.Backend`.
-    """
-    return _lower_in_float32(torch.layer_norm, x, normalized_shape, weight, bias, eps, dtype)
-
-
 def lower(
     operator: Operator,
     x: torch.Tensor,
@@ -72,6 +58,8 @@ def lower(
     On an accelerator x and the parameters are rounded first, as Composer does: the kernels
     there read all three in one dtype, and move fewer bytes in this one.
 
+    What is compiled or exported takes `_lower_in_a_graph`, on every device.
+
     Args:
         operator: The norm, as `operator(x, what, weight, bias, eps)`.
         x: Input, any floating dtype but float64.
@@ -88,6 +76,8 @@ def lower(
         MosaicML Composer, Low Precision LayerNorm and GroupNorm; differs in: on CPU nothing is
         rounded first.
     """
+    if is_compiling():
+        return _lower_in_a_graph(operator, x, what, weight, bias, eps, dtype)
     if x.is_cpu:
         if x.dtype is torch.float32 and (weight is None or weight.dtype is torch.float32):
             return operator(x, what, weight, bias, eps).to(dtype=dtype)
@@ -96,8 +86,6 @@ def lower(
         and (CUDA_NORMALISES_BFLOAT16 or dtype is torch.float16)
         # Autograd cannot save it; a copy in float32, as stock makes of it, it can.
         and not (x.is_inference() and torch.is_grad_enabled())
-        # No graph keeps that autocast is off: what is exported would be promoted when it runs.
-        and not is_compiling()
     ):
         return _lower_in_low_precision(operator, x, what, weight, bias, eps, dtype)
     return _lower_in_float32(operator, x, what, weight, bias, eps, dtype)
@@ -120,6 +108,36 @@ def _lower_in_low_precision(
         return operator(x.to(dtype=dtype), what, _cast(weight, dtype), _cast(bias, dtype), eps)
 
 
+def _lower_in_a_graph(
+    operator: Operator,
+    x: torch.Tensor,
+    what: object,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Normalise in float32, and in compiled code round a float32 x to `dtype` first.
+
+    What AOTAutograd keeps for backward is then the rounded x, half the bytes of x itself, and
+    Inductor fuses the casts into the norm's kernels. What is exported keeps nothing, and rounds
+    nothing early.
+
+    An autograd function that keeps a rounded xhat would be as small and more accurate, but torch
+    2.13 does not store its graph in AOTAutograd's cache. Nor one with an autocast region; and
+    `torch._C._DisableAutocast` is in no graph: what is exported would be promoted when it runs.
+
+    Arguments and result are those of `lower`.
+    """
+    if (
+        x.dtype is torch.float32
+        and GRAPHS_KEEP_ROUNDED_INPUTS
+        and not torch.compiler.is_exporting()
+    ):
+        x = x.to(dtype=dtype)
+    return _lower_in_float32(operator, x, what, weight, bias, eps, dtype)
+
+
 def _lower_in_float32(
     operator: Operator,
     x: torch.Tensor,
@@ -133,8 +151,7 @@ def _lower_in_float32(
 
     For the inputs that PyTorch's kernels would round twice, lose too much of, or not take:
     bfloat16 under an autocast to float16, the reverse, float8, low precision on CPU; and for
-    compiled code, where Inductor fuses both casts and the norm into one kernel. Arguments and
-    result are those of `lower`.
+    compiled code. Arguments and result are those of `lower`.
     """
     f32 = torch.float32
     return operator(x.float(), what, _cast(weight, f32), _cast(bias, f32), eps).to(dtype=dtype)
@@ -149,9 +166,9 @@ def _cast(parameter: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | 
 
 for _function in (
     normalise,
-    normalise_in_float32,
     lower,
     _lower_in_low_precision,
+    _lower_in_a_graph,
     _lower_in_float32,
     _cast,
 ):

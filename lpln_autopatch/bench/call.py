@@ -1,6 +1,6 @@
 """One LayerNorm call on the host: what dispatch costs, whatever the device does meanwhile.
 
-On CPU that is the whole call.
+On CPU that is the whole call. The module is called, and `F.layer_norm` by itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from lpln_autopatch.bench import timing
 from lpln_autopatch.bench.layer import PASSES, Case, Layer, rows_of
 from lpln_autopatch.bench.options import Options
 from lpln_autopatch.bench.results import Figure, Row
-from lpln_autopatch.bench.rivals import INERT, LOWERED, STOCK, composer
+from lpln_autopatch.bench.rivals import (
+    INERT,
+    INERT_FUNCTION,
+    LOWERED,
+    STOCK,
+    STOCK_FUNCTION,
+    composer,
+)
 from lpln_autopatch.bench.timing import Entry, Progress
 from lpln_autopatch.torch_compat import CPU_TAKES_MIXED_DTYPES
 
@@ -35,10 +42,10 @@ def cases(options: Options) -> Iterator[Case]:
 def run(options: Options, progress: Progress) -> list[Row]:
     """Time every contender, on one thread."""
     every = list(cases(options))
-    progress.reset(len(every) * len(PASSES) * options.rounds_or(60))
+    progress.reset(2 * len(every) * len(PASSES) * options.rounds_or(60))
     timing.keep_freed_memory()
     with low_precision_layernorm():
-        pass  # the wrapper stays, inert
+        pass  # the wrappers stay, inert
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows: list[Row] = []
@@ -58,10 +65,12 @@ def _measure(layer: Layer, options: Options, progress: Progress) -> list[Row]:
         with entry.context():
             return {"kernels": timing.kernels(entry.call, device)}
 
-    checked = layer.check((STOCK, INERT, *LOWERED, composer(device)))
+    modules = layer.check((STOCK, INERT, *LOWERED, composer(device)))
+    functions = layer.check((STOCK_FUNCTION, INERT_FUNCTION))
     rows: list[Row] = []
     for backward in PASSES:
-        entries = [layer.entry(contender, backward) for contender in checked[0]]
-        timing.interleave(entries, timing.host_seconds, device, options.rounds_or(60), progress)
-        rows += rows_of(layer, backward, checked, entries, kernels)
+        for checked in (modules, functions):
+            entries = [layer.entry(contender, backward) for contender in checked[0]]
+            timing.interleave(entries, timing.host_seconds, device, options.rounds_or(60), progress)
+            rows += rows_of(layer, backward, checked, entries, kernels)
     return rows

@@ -16,8 +16,9 @@ from lpln_autopatch import backends
 from lpln_autopatch.bench import compiled, counting, emulated, zoo
 from lpln_autopatch.bench.options import Options
 from lpln_autopatch.bench.policy import MissingPart
+from lpln_autopatch.bench.recipe import ComposerRecipe
 from lpln_autopatch.bench.results import Figure, Row, short
-from lpln_autopatch.bench.rivals import ComposerRecipe, Contender, sift
+from lpln_autopatch.bench.rivals import Contender, sift
 from lpln_autopatch.bench.timing import Progress
 
 STOCK = Contender("stock")

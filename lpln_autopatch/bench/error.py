@@ -1,6 +1,6 @@
 """The error of a lowered LayerNorm against float64, beside stock's and Composer's recipe.
 
-    python -m lpln_autopatch.bench.error [--device cuda] [--rows 4096]
+    python -m lpln_autopatch.bench.error [--device cuda] [--rows 4096] [--compiled]
 
 Relative error (norm of the difference over the norm) of the output and of each gradient. Stock's
 output is rounded to the autocast dtype, as the next matrix product would.
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from typing import Any
 
 import torch
 
 from lpln_autopatch import disable, low_precision_layernorm
 from lpln_autopatch.bench.options import usable_device
-from lpln_autopatch.bench.rivals import ComposerRecipe
+from lpln_autopatch.bench.recipe import ComposerRecipe
 
 COLUMNS = ("output", "grad x", "grad weight", "grad bias")
 
@@ -30,8 +31,8 @@ def results(
     return [t.detach().double() for t in (y, *gradients)]
 
 
-def compare(x: torch.Tensor, dtype: torch.dtype) -> None:
-    """Print the errors of the three contenders for one input."""
+def compare(x: torch.Tensor, dtype: torch.dtype, compiled: bool) -> None:
+    """Print the errors of the three contenders for one input, in eager mode or `compiled`."""
     upstream = torch.randn_like(x, dtype=dtype)
     stock = torch.nn.LayerNorm(x.shape[-1], device=x.device)
     torch.nn.init.normal_(stock.weight, 1.0, 0.2)
@@ -40,14 +41,15 @@ def compare(x: torch.Tensor, dtype: torch.dtype) -> None:
     exact_module = torch.nn.LayerNorm(x.shape[-1], device=x.device, dtype=torch.float64)
     for module in (composer, exact_module):
         module.load_state_dict(stock.state_dict())
+    contenders: dict[str, Any] = {"stock": stock, "Composer's recipe": composer}
+    if compiled:
+        torch._dynamo.reset()
+        contenders = {name: torch.compile(module) for name, module in contenders.items()}
     exact = results(exact_module, x.double(), upstream.double())
     with torch.autocast(x.device.type, dtype=dtype):
-        rows = {
-            "stock": results(stock, x, upstream),
-            "Composer's recipe": results(composer, x, upstream),
-        }
+        rows = {name: results(module, x, upstream) for name, module in contenders.items()}
         with low_precision_layernorm():
-            rows["lowered"] = results(stock, x, upstream)
+            rows["lowered"] = results(contenders["stock"], x, upstream)
     print(
         f"\n{tuple(x.shape)}, {x.dtype} input of mean {round(x.mean().item())}, autocast to {dtype}"
     )
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, ...")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--features", type=int, default=1024)
+    parser.add_argument("--compiled", action="store_true", help="under torch.compile")
     args = parser.parse_args()
     usable_device(args.device)
     torch.manual_seed(0)
@@ -73,7 +76,7 @@ def main() -> None:
         for input_dtype, mean in itertools.product((torch.float32, dtype), (0.0, 4.0)):
             shape = (args.rows, args.features)
             x = (torch.randn(shape, device=args.device) + mean).to(input_dtype)
-            compare(x, dtype)
+            compare(x, dtype, args.compiled)
     disable()
 
 

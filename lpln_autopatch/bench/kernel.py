@@ -11,7 +11,7 @@ import contextlib
 import functools
 import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -58,12 +58,7 @@ def run(options: Options, progress: Progress) -> list[Row]:
 def _measure(layer: Layer, options: Options, progress: Progress) -> list[Row]:
     contenders = (STOCK, *LOWERED, composer(options.device), *COMPILED, *OTHERS)
     passed, reasons = layer.check(contenders)
-    target = torch.empty_like(layer.xs[0], requires_grad=False)
-
-    def copy_each() -> None:
-        for x in layer.xs:
-            target.copy_(x.detach())
-
+    copy_each = copying(layer)
     rows: list[Row] = []
     for backward in PASSES:
         make = functools.partial(layer.entry, backward=backward, graph=options.graph)
@@ -85,6 +80,17 @@ def _measure(layer: Layer, options: Options, progress: Progress) -> list[Row]:
         figures = _absolute(layer, copy, _copied(layer))
         rows.append(Row(layer.case.aspects(backward), copy.name, figures))
     return rows
+
+
+def copying(layer: Layer) -> Callable[[], None]:
+    """Copies each of the inputs, to a place of its own: a single one would stay in the cache."""
+    targets = [torch.empty_like(x, requires_grad=False) for x in layer.xs]
+
+    def copy_each() -> None:
+        for target, x in zip(targets, layer.xs, strict=True):
+            target.copy_(x.detach())
+
+    return copy_each
 
 
 def _absolute(layer: Layer, entry: Entry, size: int) -> dict[str, Figure]:

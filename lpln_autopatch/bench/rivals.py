@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -13,53 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch.bench.recipe import ComposerGroupNorm, ComposerRecipe
 from lpln_autopatch.bench.results import short
 from lpln_autopatch.bench.timing import WrongResult
-from lpln_autopatch.torch_compat import autocast_dtype
 
 LayerNormClass = type[torch.nn.LayerNorm]
 _Passed = TypeVar("_Passed")
 
 
+# This module sees torch's own function, before anything wraps it.
+_stock = types.SimpleNamespace(layer_norm=F.layer_norm)
+
+
 class Stock(torch.nn.LayerNorm):
-    """torch's own LayerNorm beside the wrapper."""
-
-    # This module sees torch's own function, before anything wraps it.
-    forward = torch.nn.LayerNorm.forward
-
-
-class ComposerRecipe(torch.nn.LayerNorm):
-    """Composer's low-precision LayerNorm: cast x, weight and bias, then normalise.
-
-    Source:
-        MosaicML Composer, `LPLayerNorm`; differs in: autocast is asked about the device of x,
-        so that it has an effect on CPU too.
-    """
+    """torch's own LayerNorm, beside the wrappers."""
 
     def forward(self, input: Tensor) -> Tensor:
-        device_type = input.device.type
-        dtype = autocast_dtype(device_type)
-        x = input if dtype is None else input.to(dtype=dtype)
-        weight = _cast(self.weight, dtype)
-        bias = _cast(self.bias, dtype)
-        with torch.autocast(enabled=False, device_type=device_type):
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
-class ComposerGroupNorm(torch.nn.GroupNorm):
-    """The same for GroupNorm: Composer's low-precision GroupNorm."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        device_type = input.device.type
-        dtype = autocast_dtype(device_type)
-        x = input if dtype is None else input.to(dtype=dtype)
-        weight, bias = (_cast(parameter, dtype) for parameter in (self.weight, self.bias))
-        with torch.autocast(enabled=False, device_type=device_type):
-            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
-
-
-def _cast(parameter: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    return parameter if parameter is None or dtype is None else parameter.to(dtype=dtype)
+        return _stock.layer_norm(  # type: ignore[no-any-return]
+            input, self.normalized_shape, self.weight, self.bias, self.eps
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +44,7 @@ class Contender:
         load: The class that the LayerNorms take, looked for when it is needed; None: their own.
         backend: That of the block around it; None for no block.
         norms: What the block lowers.
+        function: Looks for what is called in place of the module: `F.layer_norm` by itself.
         compiled: Whether it runs under torch.compile.
         device_type: The only one that it runs on, or None.
     """
@@ -79,6 +53,7 @@ class Contender:
     load: Callable[[], LayerNormClass] | None = None
     backend: str | None = None
     norms: str = "layer_norm"
+    function: Callable[[], Callable[..., Tensor]] | None = None
     compiled: bool = False
     device_type: str | None = None
 
@@ -240,6 +215,8 @@ def _quack() -> LayerNormClass:
 
 STOCK = Contender("stock", lambda: Stock)
 INERT = Contender("inert")
+STOCK_FUNCTION = Contender("stock F.layer_norm", function=lambda: _stock.layer_norm)
+INERT_FUNCTION = Contender("inert F.layer_norm", function=lambda: F.layer_norm)
 # On CPU fused and apex hand every call to native.
 LOWERED = (
     Contender("lowered (native)", backend="native"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -107,9 +108,10 @@ def synchronize(device: torch.device) -> None:
 def interleave(
     entries: Sequence[Entry], clock: Clock, device: torch.device, rounds: int, progress: Progress
 ) -> None:
-    """Time `entries` in turn, A B C, B C A, ..., `rounds` times, into their `seconds`.
+    """Time `entries` in turn, `rounds` times, into their `seconds`.
 
-    In each turn one call goes before the clock starts.
+    Each round has an order of its own, the same in every run: what an entry leaves in caches and
+    allocators meets every other. In each turn one call goes before the clock starts.
     """
 
     def turn(entry: Entry, calls: int) -> float:
@@ -123,9 +125,9 @@ def interleave(
             return clock(run, device) / calls
 
     calls = max(1, int(TURN_SECONDS / max(turn(entry, 1) for entry in entries)))
-    for round_ in range(rounds):
-        shift = round_ % len(entries)
-        for entry in (*entries[shift:], *entries[:shift]):
+    shuffled = random.Random(0)
+    for _ in range(rounds):
+        for entry in shuffled.sample(entries, len(entries)):
             entry.seconds.append(turn(entry, calls))
         progress.update()
 

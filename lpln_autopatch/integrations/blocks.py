@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lpln_autopatch.activation import low_precision_layernorm
@@ -22,15 +23,23 @@ class Blocks:
     Args:
         precision: As for `lpln_autopatch.enable`.
         backend: As for `lpln_autopatch.enable`.
+        norms: As for `lpln_autopatch.enable`.
 
     Raises:
-        ValueError: precision or backend is not a valid name.
+        ValueError: precision, backend or norms is not a valid name.
         ImportError: the backend cannot be used here.
     """
 
-    def __init__(self, precision: str | Precision | torch.dtype, backend: str) -> None:
-        low_precision_layernorm(precision, backend)  # raises now, not when a training begins
-        self._arguments = precision, backend
+    def __init__(
+        self,
+        precision: str | Precision | torch.dtype,
+        backend: str,
+        norms: str | Iterable[str] | None,
+    ) -> None:
+        # An iterator can be read once, and each training reads them.
+        norms = norms if norms is None or isinstance(norms, str) else list(norms)
+        low_precision_layernorm(precision, backend, norms)  # raises now, not when one begins
+        self._arguments = precision, backend, norms
         # By id: transformers' TrainerState has no hash.
         self._leave: dict[int, weakref.finalize[Any, Any]] = {}
 
@@ -42,11 +51,19 @@ class Blocks:
         self.leave(training)
         entered = contextlib.ExitStack()
         entered.enter_context(low_precision_layernorm(*self._arguments))
-        leave = self._leave[id(training)] = weakref.finalize(training, entered.close)
+        key = id(training)
+        leave = weakref.finalize(training, _end, self._leave, key, entered)
         leave.atexit = False
+        self._leave[key] = leave
 
     def leave(self, training: object) -> None:
         """Leave the block of `training`, if one is open."""
-        leave = self._leave.pop(id(training), None)
+        leave = self._leave.get(id(training))
         if leave is not None:
             leave()
+
+
+def _end(leave: dict[int, Any], key: int, entered: contextlib.ExitStack) -> None:
+    """Forget a training that has ended or is gone, and leave its block."""
+    leave.pop(key, None)
+    entered.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -43,17 +44,21 @@ class LowPrecisionLayerNorm(*_callback_classes()):  # type: ignore[misc]
     Args:
         precision: As for `lpln_autopatch.enable`.
         backend: As for `lpln_autopatch.enable`.
+        norms: As for `lpln_autopatch.enable`.
 
     Raises:
-        ValueError: precision or backend is not a valid name.
+        ValueError: precision, backend or norms is not a valid name.
         ImportError: the backend cannot be used here.
     """
 
     def __init__(
-        self, precision: str | Precision | torch.dtype = "amp", backend: str = "auto"
+        self,
+        precision: str | Precision | torch.dtype = "amp",
+        backend: str = "auto",
+        norms: str | Iterable[str] | None = None,
     ) -> None:
         super().__init__()
-        self._blocks = Blocks(precision, backend)
+        self._blocks = Blocks(precision, backend, norms)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Enter the block where `fit` begins."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -34,16 +35,20 @@ class LowPrecisionLayerNorm(TrainerCallback):  # type: ignore[misc]
     Args:
         precision: As for `lpln_autopatch.enable`.
         backend: As for `lpln_autopatch.enable`.
+        norms: As for `lpln_autopatch.enable`.
 
     Raises:
-        ValueError: precision or backend is not a valid name.
+        ValueError: precision, backend or norms is not a valid name.
         ImportError: the backend cannot be used here.
     """
 
     def __init__(
-        self, precision: str | Precision | torch.dtype = "amp", backend: str = "auto"
+        self,
+        precision: str | Precision | torch.dtype = "amp",
+        backend: str = "auto",
+        norms: str | Iterable[str] | None = None,
     ) -> None:
-        self._blocks = Blocks(precision, backend)
+        self._blocks = Blocks(precision, backend, norms)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Enter the block of this `train`, which has made `state` for itself."""

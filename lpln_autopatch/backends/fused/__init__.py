@@ -28,7 +28,6 @@ MAX_FEATURES = 65536
 """The longest row that the kernels take, in elements."""
 
 _X_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
-_PARAMETER_DTYPES = _X_DTYPES | {torch.float64}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -117,7 +116,7 @@ def _takes_parameter(
     parameter: torch.Tensor | None, x: torch.Tensor, shape: tuple[int, ...]
 ) -> bool:
     return parameter is None or (
-        parameter.dtype in _PARAMETER_DTYPES
+        parameter.dtype in _X_DTYPES
         and type(parameter) in _PLAIN
         and not parameter.is_neg()
         and parameter.shape == shape

@@ -1,0 +1,153 @@
+"""What is kept for backward in place of x, and how xhat = (x - mean) / std comes out of it.
+
+xhat = (y - bias) / weight, and the next layer keeps the output y anyway. y is rounded to the
+autocast dtype, which leaves an error of eps * |y / weight| in xhat: too much where weight is
+small beside bias, and everything where it is 0. Three rules keep the gradients right:
+
+1. One feature of 32, those that are worst to recover with the weights of this very call, are not
+   recovered: their xhat is kept. The device picks them, so nothing waits for it.
+2. Where more features than that cannot be recovered, xhat is kept in place of y. To know, they
+   are counted. On CPU every call counts. On CUDA the first call with a parameter waits for the
+   count; a later one takes the count that has arrived from an earlier call, and sends for its own.
+3. xhat is kept, too, wherever nobody can count: for a weight that is no `torch.nn.Parameter`, in
+   the capture of a CUDA graph, which could not change its mind, and on other devices.
+
+Source:
+    NVIDIA apex, `memory_efficient` (pull request 1715); differs in: these rules. apex divides by
+    a weight that is clamped to eps, and the gradient of a weight of 0 is wrong there.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+WORST_RATIO = 6
+"""xhat can be recovered where |bias| is at most this many times |weight|: dweight is 1 % off."""
+
+FEATURES_PER_RESERVED = 32
+"""Of so many features the xhat of one is kept beside y."""
+
+
+class Normalised(NamedTuple):
+    """A call of the norm.
+
+    Attributes:
+        y: The output, in the autocast dtype.
+        x: Input, as the kernel took it.
+        weight: Scale, the same, or None.
+        bias: Shift, the same, or None.
+        mean: Of each row, float32.
+        rstd: 1 / sqrt(variance + eps) of each row, float32.
+    """
+
+    y: torch.Tensor
+    x: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    mean: torch.Tensor
+    rstd: torch.Tensor
+
+
+def keep(call: Normalised, parameter: torch.nn.Parameter | None) -> tuple[torch.Tensor | None, ...]:
+    """What `recover` takes: y, or xhat in y's dtype, and how to get xhat from it.
+
+    Always as many tensors of the same shapes for the same call, and nothing else says which:
+    non-reentrant checkpointing runs forward again, when a new count may have arrived, and hands
+    what that keeps to the backward of the first run.
+
+    Args:
+        call: The call of the norm.
+        parameter: What its weight was made of, or None where nothing is counted.
+    """
+    y, x, weight, bias, mean, rstd = call
+    if weight is None and bias is None:
+        return y, None, None, None, None
+    if weight is None or parameter is None:
+        return _xhat(x, mean, rstd, y.dtype), None, None, None, None
+    scale = weight.flatten().float()
+    shift = torch.zeros_like(scale) if bias is None else bias.flatten().float()
+    limits = torch.finfo(y.dtype)
+    # Below the smallest normal number rounding is no longer relative to y.
+    recoverability = scale.abs() / (shift.abs() + limits.smallest_normal)
+    reserved = -(-scale.numel() // FEATURES_PER_RESERVED)
+    worst = recoverability.topk(reserved, largest=False, sorted=False).indices
+    rows = x.reshape(-1, scale.numel()).index_select(1, worst)
+    columns = _xhat(rows, mean.view(-1, 1), rstd.view(-1, 1), y.dtype)
+    if not _are_few(parameter, recoverability < 1 / WORST_RATIO, reserved):
+        kept, shift, inverse = _xhat(x, mean, rstd, y.dtype), shift * 0, torch.ones_like(scale)
+    else:
+        # Where y is noise alone 0 is the better guess.
+        kept, inverse = y, torch.where(recoverability > limits.eps, 1 / scale, 0.0)
+    return kept, shift, inverse, worst, columns
+
+
+def _xhat(
+    x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    return (x - mean).mul_(rstd).to(dtype=dtype)
+
+
+def recover(
+    kept: torch.Tensor,
+    shift: torch.Tensor | None,
+    inverse: torch.Tensor | None,
+    worst: torch.Tensor | None,
+    columns: torch.Tensor | None,
+) -> torch.Tensor:
+    """xhat in float32, a new tensor of the shape of `kept`."""
+    if shift is None or inverse is None or worst is None or columns is None:
+        return kept.to(dtype=torch.float32, copy=True)
+    xhat = (kept.reshape(-1, shift.numel()) - shift).mul_(inverse)
+    return xhat.index_copy_(1, worst, columns.float()).view(kept.shape)
+
+
+def countable(weight: torch.Tensor | None) -> torch.nn.Parameter | None:
+    """`weight`, if it can be counted which of its features cannot be recovered."""
+    if not isinstance(weight, torch.nn.Parameter):
+        return None  # a new tensor for each call, as a replica's is, would wait each time
+    if weight.is_cuda:
+        return None if torch.cuda.is_current_stream_capturing() else weight
+    return weight if weight.is_cpu else None
+
+
+def _are_few(parameter: torch.nn.Parameter, unrecoverable: torch.Tensor, reserved: int) -> bool:
+    """Whether the features that cannot be recovered are among the `reserved` ones."""
+    count = unrecoverable.sum(dtype=torch.int32)
+    if _can_be_read_at_once(count):
+        return count.item() <= reserved
+    counts = _counts()
+    arrived = counts.get(parameter)
+    if arrived is None:
+        arrived = counts[parameter] = _pinned(count)
+        latest = arrived.item()
+    else:
+        # Four bytes: whenever it is read, it is one count or the next.
+        latest = arrived.item()
+        arrived.copy_(count, non_blocking=True)
+    # It may be that of the weights before the last step: half, so that others may join them.
+    return latest <= reserved // 2
+
+
+@functools.cache
+def _counts() -> MutableMapping[torch.Tensor, torch.Tensor]:
+    """The last count of each parameter that has arrived on the host."""
+    # Not at the top: until torch 2.0 there is none.
+    counts: MutableMapping[torch.Tensor, torch.Tensor]
+    counts = importlib.import_module("torch.utils.weak").WeakTensorKeyDictionary()
+    return counts
+
+
+def _can_be_read_at_once(count: torch.Tensor) -> bool:
+    return count.is_cpu
+
+
+def _pinned(count: torch.Tensor) -> torch.Tensor:
+    """A copy on the host, to which the device can copy while the host goes on. It waits."""
+    return torch.empty_like(count, device="cpu", pin_memory=True).copy_(count)
