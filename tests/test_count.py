@@ -84,7 +84,7 @@ def test_two_runs_print_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("toast", "'toast' is no model; valid: bert-base, gpt2, "),
+        ("toast", "'toast' is no model; valid: all, bert-base, gpt2, "),
         ("no_such_package:make", "no_such_package is not installed"),
         ("small:missing", "small:missing: module 'small' has no attribute 'missing'"),
         ("small:nothing", "small:nothing gives NoneType, not a torch.nn.Module"),

@@ -24,6 +24,7 @@ from lpln_autopatch.bench.timing import Progress
 STOCK = Contender("stock")
 RECIPE = "recipe"
 GIB = 2**30
+UNITS = {"kernels": "kernels", "least_ms": "least ms"}
 
 
 def contenders(mode: str, norms: str) -> list[Contender]:
@@ -44,7 +45,7 @@ def run(options: Options, progress: Progress) -> list[Row]:
     """
     dtypes = options.dtypes or [torch.bfloat16]
     modes = options.modes or ["eager"]
-    names = options.models or (["bert-base"] if options.quick else list(zoo.MODELS))
+    names = zoo.names(options.models or ["bert-base"] * options.quick)
     rows: list[Row] = []
     progress.reset(len(names) * len(modes) * len(dtypes))
     try:
@@ -92,7 +93,7 @@ def _count(
     if STOCK not in passed:
         raise zoo.WrongModel(f"{name} cannot be counted: {reasons[STOCK]}")
     for contender, figures in passed.items():
-        for what in ("kept", "moved", "peak"):
+        for what in ("kept", "moved", "peak", "least_ms"):
             if figures.get(what):
                 figures[f"{what} / stock"] = figures[what] / passed[STOCK][what]  # type: ignore[operator]
         yield Row(case, contender.name, figures)
@@ -139,10 +140,9 @@ def _table(mode: str, cases: list[dict[str, Row]]) -> list[str]:
     header = (
         [mode, "batch"] + ["autocast"] * (len(dtypes) > 1) + ["norms lowered"] * (mode == "eager")
     )
-    columns = ("kept", "moved", "peak") if mode == "eager" else ("kept", "moved", "kernels")
-    for what in columns:
-        unit = "" if what == "kernels" else " GiB"
-        header += [f"{what}{unit}", *(f"{other}" for other in others)]
+    last = ("peak", "least_ms") if mode == "eager" else ("kernels",)
+    for what in ("kept", "moved", *last):
+        header += [UNITS.get(what, f"{what} GiB"), *others]
     lines = [header, ["---"] * len(header)]
     for case in cases:
         stock = case[STOCK.name]
@@ -153,9 +153,9 @@ def _table(mode: str, cases: list[dict[str, Row]]) -> list[str]:
         if mode == "eager":
             native = case["native"].figures
             line.append(f"{native.get('lowered_calls', '-')} of {native.get('norm_calls', '-')}")
-        for what in columns:
+        for what in ("kept", "moved", *last):
             own = stock.figures[what]
-            line.append(f"{own}" if what == "kernels" else f"{own / GIB:.2f}")  # type: ignore[operator]
+            line.append(f"{own:.4g}" if what in UNITS else f"{own / GIB:.2f}")  # type: ignore[operator]
             line += [_ratio(case.get(other), what, own) for other in others]
         lines.append(line)
     return ["| " + " | ".join(line) + " |" for line in lines]

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from lpln_autopatch.bench.policy import Policy
 
 NORMS = ("native_layer_norm", "native_group_norm", "rms_norm")
 CASTS = ("_to_copy",)
+BANDWIDTH, RATE = 2.0e12, 312e12
 
 
 @dataclasses.dataclass
@@ -28,6 +30,9 @@ class Counts:
         casts: Bytes of those that casts move.
         kept: Bytes that autograd keeps from forward to backward: no parameters, no cached casts
             of them, each storage once.
+        flops: Of its matrix products, convolutions and attention.
+        least_ms: A bound, no measurement: no A100 takes less, whose memory moves 2.0 TB/s and
+            whose units do 312 TFLOP/s. The sum over operators of what either needs for it.
         peak: The most bytes that were alive at once, parameters and their gradients included.
         norm_calls: Norms run in forward.
         lowered_calls: Those of them whose output has the autocast dtype.
@@ -38,6 +43,8 @@ class Counts:
     norms: int = 0
     casts: int = 0
     kept: int = 0
+    flops: int = 0
+    least_ms: float = 0.0
     peak: int = 0
     norm_calls: int = 0
     lowered_calls: int = 0
@@ -60,14 +67,20 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in outputs:
             self._watch(tensor)
         if _is_a_kernel(func, outputs):
-            self._count(func, _tensors((args, kwargs)), outputs)
+            formula = flop_registry.get(func.overloadpacket)
+            flops = formula(*args, **(kwargs or {}), out_val=result) if formula else 0
+            self._count(func, _tensors((args, kwargs)), outputs, flops)
         return result
 
-    def _count(self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+    def _count(
+        self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor], flops: int
+    ) -> None:
         counts, name = self.counts, func._schema.name.split("::")[1]
         size = sum(map(_bytes, {id(t): t for t in inputs}.values()))
         size += sum(map(_bytes, outputs))
         counts.operators += 1
+        counts.flops += flops
+        counts.least_ms += 1e3 * max(size / BANDWIDTH, flops / RATE)
         counts.moved += size
         if name.startswith(NORMS):
             counts.norms += size

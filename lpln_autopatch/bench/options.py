@@ -28,6 +28,8 @@ class Options:
         norms: What is lowered, for the count suite.
         steps: Of training, for the loss suite.
         seeds: How many, for the loss suite.
+        policy: "cuda" for CUDA's autocast lists on the CPU, for the loss suite.
+        lr: Learning rate, for the loss suite.
         json: File for the rows.
         plot: File for the drawing.
     """
@@ -43,6 +45,8 @@ class Options:
     norms: str | None = None
     steps: int | None = None
     seeds: int | None = None
+    policy: str | None = None
+    lr: float | None = None
     json: Path | None = None
     plot: Path | None = None
 

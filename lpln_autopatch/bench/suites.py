@@ -121,6 +121,8 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     )
     add("--steps", type=_at_least(20), help="loss: steps of training, at least 20")
     add("--seeds", type=_at_least(2), help="loss: how many, at least 2")
+    add("--policy", choices=["cuda"], help="loss: under CUDA's autocast lists, on the CPU")
+    add("--lr", type=float, help="loss: learning rate (default: 0.001)")
     add("--json", type=Path, metavar="FILE", help="write every figure")
     add("--plot", type=Path, metavar="FILE", help="draw them, a PNG")
     args = parser.parse_args(argv)
@@ -134,6 +136,8 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
         parser.error(f"{args.json}: --json and --plot need a file each")
     if args.plot and args.plot.suffix.lower() != ".png":
         parser.error(f"--plot {args.plot}: the name ends in .png")
+    if args.policy and not (CAN_COUNT and args.device == "cpu" and args.suites == ["loss"]):
+        parser.error("--policy is for loss alone, --device cpu, and torch 2.13 or later")
     if args.graph and not args.device.startswith("cuda"):
         parser.error(f"--graph: only a CUDA device has graphs, not {args.device}")
     given = {k: v for k, v in vars(args).items() if k not in ("suites", "device", "dtype")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -196,18 +196,72 @@ MODELS: dict[str, Entry] = {
 """The models of the default, and their shallow configurations for what is compiled."""
 
 
+MORE: dict[str, Entry] = {
+    "roberta-base": Entry("transformers:RobertaConfig", 32, 512, {"max_position_embeddings": 514}),
+    "distilbert": Entry("transformers:DistilBertConfig", 32, 512),
+    "electra-small": Entry("transformers:ElectraConfig", 64, 512),
+    "opt-125m": Entry("transformers:OPTConfig", 8, 1024),
+    "pythia-410m": Entry(
+        "transformers:GPTNeoXConfig",
+        8,
+        1024,
+        {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        },
+    ),
+    "bloom-560m": Entry(
+        "transformers:BloomConfig", 4, 1024, {"hidden_size": 1024, "n_layer": 24, "n_head": 16}
+    ),
+    "phi-1": Entry("transformers:PhiConfig", 4, 1024),
+    "bart-large": Entry("transformers:BartConfig", 8, 512),
+    "beit-b16": Entry("transformers:BeitConfig", 64, 0, _1000),
+    "siglip-b16": Entry("transformers:SiglipConfig", 64),
+    **{
+        name: Entry(f"timm:{name}", 64, 0)
+        for name in (
+            "vit_large_patch16_224",
+            "deit3_base_patch16_224",
+            "eva02_base_patch14_224",
+            "hiera_base_224",
+            "swinv2_tiny_window8_256",
+            "convnext_base",
+            "maxvit_tiny_tf_224",
+            "mixer_b16_224",
+            "cait_s24_224",
+            "xcit_small_12_p16_224",
+            "pvt_v2_b2",
+            "twins_svt_base",
+            "mvitv2_tiny",
+            "davit_tiny",
+            "focalnet_tiny_srf",
+            "edgenext_small",
+        )
+    },
+}
+"""With `MODELS`, those of `--models all`."""
+
+
+def names(chosen: Sequence[str]) -> list[str]:
+    """The names that `chosen` stands for: of those of the default, or of all for "all"."""
+    if list(chosen) == ["all"]:
+        return [*MODELS, *MORE]
+    return list(chosen or MODELS)
+
+
 def entry(name: str) -> Entry:
     """The entry of that name, or a new one for a source.
 
     Raises:
         WrongModel: it is neither.
     """
-    if name in MODELS:
-        return MODELS[name]
+    known = {**MODELS, **MORE}
+    if name in known:
+        return known[name]
     if ":" in name:
         image = name.startswith("timm:")
         return Entry(name, 64 if image else 8)
-    known = ", ".join(MODELS)
-    raise WrongModel(
-        f"{name!r} is no model; valid: {known}, timm:NAME, transformers:CONFIG, MODULE:FUNCTION"
-    )
+    valid = f"all, {', '.join(known)}, timm:NAME, transformers:CONFIG, MODULE:FUNCTION"
+    raise WrongModel(f"{name!r} is no model; valid: {valid}")
