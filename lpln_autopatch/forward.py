@@ -97,8 +97,9 @@ def run_backend(
     dtype: torch.dtype,
 ) -> Tensor:
     """Normalise `x` in `dtype`: by the backend in eager mode, natively where code is compiled."""
-    backend = native.normalise if is_compiling() else lowering.backend
-    return backend(x, normalized_shape, weight, bias, eps, dtype)
+    if is_compiling():
+        return native.lower(torch.layer_norm, x, normalized_shape, weight, bias, eps, dtype)
+    return lowering.backend(x, normalized_shape, weight, bias, eps, dtype)
 
 
 _logger = logging.getLogger("lpln_autopatch")

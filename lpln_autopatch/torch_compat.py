@@ -78,6 +78,10 @@ DYNAMO_TRACES_NORMS = TORCH_VERSION >= (2, 5)
 
 # until torch 2.13: Inductor takes a cast to low precision and back out of the graph.
 GRAPHS_KEEP_ROUNDED_INPUTS = TORCH_VERSION >= (2, 13)
+
+# until torch 2.13: no device made in Python; the lists of autocast in other words
+CAN_COUNT = TORCH_VERSION >= (2, 13)
+
 # until torch 2.2: stock LayerNorm on CPU refuses a low-precision x with float32 parameters.
 CPU_TAKES_MIXED_DTYPES = TORCH_VERSION >= (2, 2)
 

@@ -19,8 +19,9 @@ from lpln_autopatch.bench import kernel, rivals, suites, timing
 from lpln_autopatch.bench.layer import Case, Layer
 from lpln_autopatch.bench.model import Training
 from lpln_autopatch.bench.options import Options
+from lpln_autopatch.bench.recipe import ComposerRecipe
 from lpln_autopatch.bench.results import Row, table
-from lpln_autopatch.bench.rivals import ComposerRecipe, Contender, Stock
+from lpln_autopatch.bench.rivals import Contender, Stock
 from lpln_autopatch.bench.timing import Entry, Quartiles, WrongResult
 from lpln_autopatch.torch_compat import CPU_TAKES_MIXED_DTYPES, TORCH_VERSION
 
@@ -427,7 +428,7 @@ def test_table_lists_the_absent_once():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["toast"], "'toast' is not a suite; valid: kernel, call, model, loss"),
+        (["toast"], "'toast' is not a suite; valid: count, kernel, call, model, loss"),
         (["--quik"], "unrecognized arguments: --quik"),
         (["call", "--rounds", "1"], "--rounds: 1 is not a number from 2 on"),
         (["kernel", "--features", "none"], "--features: none is not a number from 1 on"),

@@ -13,7 +13,7 @@ import lpln_autopatch as lpln
 from lpln_autopatch import low_precision_layernorm
 from lpln_autopatch.bench import rivals, timing
 from lpln_autopatch.bench.layer import Case, Layer
-from lpln_autopatch.bench.rivals import ComposerRecipe
+from lpln_autopatch.bench.recipe import ComposerRecipe
 
 # test_native.py covers the path that CUDA takes without one.
 pytestmark = needs_gpu

@@ -10,7 +10,7 @@ from support import AUTOCAST_DTYPES, autocast
 
 import lpln_autopatch
 from lpln_autopatch import low_precision_layernorm
-from lpln_autopatch.bench.rivals import ComposerRecipe
+from lpln_autopatch.bench.recipe import ComposerRecipe
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
 # Two float32 computations differ in their last bits, by this beside the terms of a sum ...

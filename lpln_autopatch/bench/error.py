@@ -16,7 +16,7 @@ import torch
 
 from lpln_autopatch import disable, low_precision_layernorm
 from lpln_autopatch.bench.options import usable_device
-from lpln_autopatch.bench.rivals import ComposerRecipe
+from lpln_autopatch.bench.recipe import ComposerRecipe
 
 COLUMNS = ("output", "grad x", "grad weight", "grad bias")
 

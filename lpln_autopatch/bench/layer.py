@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lpln_autopatch.bench import timing
+from lpln_autopatch.bench.recipe import ComposerRecipe
 from lpln_autopatch.bench.results import Figure, Row, ratios, short
 from lpln_autopatch.bench.rivals import (
     STOCK,
     STOCK_FUNCTION,
-    ComposerRecipe,
     Contender,
     composer,
     sift,

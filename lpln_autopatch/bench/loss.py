@@ -1,65 +1,136 @@
-"""What a language model learns, stock and lowered: does it cost quality, does it spike?
+"""What small models learn, stock and lowered: does it cost quality, does it spike?
 
-The model of docs/examples, trained on the sources of Python's standard library from several seeds.
-Stock and lowered get the same initial weights and the same batches.
+The model of docs/examples on the sources of Python's standard library; under `--policy cuda` also
+a ViT on scikit-learn's digits. From a seed all contenders get the same weights and batches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import math
 import statistics
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from lpln_autopatch import backends
 from lpln_autopatch.bench import timing
 from lpln_autopatch.bench.options import Options
+from lpln_autopatch.bench.policy import policy
 from lpln_autopatch.bench.results import Figure, Row, short
 from lpln_autopatch.bench.rivals import STOCK, Contender, sift
 from lpln_autopatch.bench.timing import Progress
+from lpln_autopatch.torch_compat import autocast_dtype
 
+# Of Student's distribution, by degrees of freedom: a 95 % interval of a mean.
+T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+FLOAT32 = Contender("float32")
 LOWERED = Contender("lowered", backend="auto")
 
 
+class AcceleratorRecipe(torch.nn.LayerNorm):
+    """What `native` computes on an accelerator, and Composer's recipe: all three rounded first.
+
+    The CPU's own kernel for a low-precision x sums the parameters' gradients in low precision.
+    CUDA's sums them in float32 and rounds once: so does this.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        dtype = autocast_dtype(input.device.type)
+        if dtype is None:
+            return super().forward(input)
+        rounded = [None if t is None else t.to(dtype) for t in (input, self.weight, self.bias)]
+        x, *parameters = [None if t is None else t.float() for t in rounded]
+        with torch.autocast(input.device.type, enabled=False):
+            y = torch.layer_norm(x, self.normalized_shape, *parameters, self.eps)  # type: ignore[call-arg,arg-type]
+        return y.to(dtype)
+
+
+def contenders(options: Options) -> list[Contender]:
+    """Stock and lowered; under CUDA's policy by every arithmetic that ours has on a GPU."""
+    if options.policy is None:
+        return [STOCK, LOWERED]
+    # On the CPU native rounds the output alone, as fused does on a GPU.
+    ours = [Contender("lowered (native)", lambda: AcceleratorRecipe)]
+    ours.append(Contender("lowered (fused)", backend="native"))
+    if "lean" in backends.names():
+        ours.append(Contender("lowered (lean)", backend="lean"))
+    return [FLOAT32, STOCK, *ours]
+
+
 def run(options: Options, progress: Progress) -> list[Row]:
-    """Train both from every seed, in every autocast dtype."""
-    # On CPU float16 has few kernels, and a step of it takes many times one of bfloat16.
-    on_cpu = options.device.type == "cpu"
-    dtypes = options.dtypes or ([torch.bfloat16] if on_cpu else [torch.bfloat16, torch.float16])
-    seeds = options.seeds or (2 if options.quick else 3 if on_cpu else 5)
-    steps = options.steps or (20 if options.quick else 200 if on_cpu else 400)
-    progress.reset(2 * len(dtypes) * seeds * steps)
+    """Train all from every seed, on every task, in every autocast dtype."""
+    if options.policy is not None and find_spec("sklearn") is None:
+        sys.exit("not installed: scikit-learn. pip install 'lpln_autopatch[count]'")
+    every = tasks(options)
+    cost = len(contenders(options)) * sum(case["seeds"] * case["steps"] for case, _, _ in every)
+    progress.reset(cost)
     rows: list[Row] = []
-    for dtype in dtypes:
-        progress.set_description_str(f"loss, {short(dtype)}")
-        rows += _measure(dtype, seeds, steps, options, progress)
+    for case, task, dtype in every:
+        progress.set_description_str("loss, " + ", ".join(map(str, case.values())))
+        rows += measure(case, task, dtype, options, progress)
     return rows
 
 
-def _measure(
-    dtype: torch.dtype, seeds: int, steps: int, options: Options, progress: Progress
+def tasks(options: Options) -> list[tuple[dict[str, Any], Callable[..., Any], torch.dtype]]:
+    """The cases, each with what makes its training from a dtype and a seed, and its dtype."""
+    # On CPU float16 has few kernels, and a step of it takes many times one of bfloat16.
+    on_cpu = options.device.type == "cpu"
+    dtypes = options.dtypes or ([torch.bfloat16] if on_cpu else [torch.bfloat16, torch.float16])
+    few = 3 if on_cpu and options.policy is None else 5
+    seeds = options.seeds or (2 if options.quick else few)
+    usual = 300 if options.policy is not None else 200 if on_cpu else 400
+    steps = options.steps or (20 if options.quick else usual)
+    kinds: list[tuple[str, Callable[..., Any], torch.dtype, int]]
+    kinds = [("text", functools.partial(_text, options), dtype, steps) for dtype in dtypes]
+    if options.policy is not None:
+        kinds += [("digits", digits, d, steps) for d in (torch.bfloat16, torch.float16)]
+    return [
+        (
+            {"task": name, "autocast": short(dtype), "steps": steps, "seeds": seeds},
+            functools.partial(task, steps),
+            dtype,
+        )
+        for name, task, dtype, steps in kinds
+    ]
+
+
+def measure(
+    case: dict[str, Any],
+    task: Callable[..., Any],
+    dtype: torch.dtype,
+    options: Options,
+    progress: Progress,
 ) -> list[Row]:
-    arguments = ["--device", options.device.type, "--dtype", short(dtype), "--steps", str(steps)]
-    if options.quick:
-        arguments += ["--width", "32", "--layers", "2", "--heads", "2", "--context", "32"]
-    text = example().standard_library_text()
+    """Train all contenders from every seed of `case`."""
 
-    def learn(contender: Contender) -> tuple[list[list[float]], str]:
-        curves, given = [], set()
-        for seed in range(seeds):
-            args = example().parse_arguments([*arguments, "--seed", str(seed)])
-            curve, dtypes = _train(example().Training(args, text), contender, progress)
-            curves.append(curve)
-            given |= dtypes
-        return curves, contender.gives(given, dtype)
+    def learn(contender: Contender) -> tuple[list[list[float]], dict[str, Figure]]:
+        autocast = torch.float32 if contender is FLOAT32 else dtype
+        runs = [_train(task(autocast, seed), contender, progress) for seed in range(case["seeds"])]
+        given = set().union(*(run[1] for run in runs))
+        about: dict[str, Figure] = {"gives": contender.gives(given, dtype)}
+        about["gradient norm"] = statistics.fmean(run[2] for run in runs)
+        about["skipped steps"] = sum(run[3] for run in runs)
+        return [run[0] for run in runs], about
 
-    passed, reasons = sift((STOCK, LOWERED), options.device, learn)
-    case = {"autocast": short(dtype), "steps": steps, "seeds": seeds}
+    threads = torch.get_num_threads()
+    with contextlib.ExitStack() as under:
+        if options.policy is not None:
+            under.enter_context(policy("cpu"))
+            torch.set_num_threads(1)  # its models are small
+            under.callback(torch.set_num_threads, threads)
+        passed, reasons = sift(contenders(options), options.device, learn)
     rows = [Row(case, contender.name, reason=reason) for contender, reason in reasons.items()]
-    for contender, (curves, gives) in passed.items():
-        figures = {"gives": gives, **_figures(curves, passed.get(STOCK, (curves,))[0])}
+    for contender, (curves, about) in passed.items():
+        figures = {**about, **_figures(curves, passed.get(STOCK, (curves,))[0])}
         rows.append(Row(case, contender.name, figures, curves=curves))
     return rows
 
@@ -69,32 +140,104 @@ def example() -> Any:
     return import_module("lpln_autopatch.bench.example")
 
 
+def _text(options: Options, steps: int, dtype: torch.dtype, seed: int) -> Any:
+    arguments = ["--device", options.device.type, "--steps", str(steps), "--seed", str(seed)]
+    if options.policy is not None:
+        arguments += ["--width", "64", "--layers", "2", "--context", "64", "--lr", "0.002"]
+    if options.quick:
+        arguments += ["--width", "32", "--layers", "2", "--heads", "2", "--context", "32"]
+    args = example().parse_arguments([*arguments, *(["--lr", str(options.lr)] * bool(options.lr))])
+    args.dtype = short(dtype)
+    return example().Training(args, example().standard_library_text())
+
+
+def digits(steps: int, dtype: torch.dtype, seed: int) -> Any:
+    """A ViT of two blocks that learns scikit-learn's 1797 digits, 8 x 8 pixels, on the CPU."""
+    data = import_module("sklearn.datasets").load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32) / 16
+    labels = torch.tensor(data.target)
+    args = example().parse_arguments(["--device", "cpu", "--steps", str(steps)])
+    args.dtype = short(dtype)
+    training = example().Training.__new__(example().Training)
+    torch.manual_seed(seed)
+    training.args, training.model = args, _ViT()
+    training.generator = torch.Generator().manual_seed(seed)
+    training.optimizer = torch.optim.AdamW(training.model.parameters(), lr=2e-3)
+    training.scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = torch.randint(len(labels), (64,), generator=training.generator)
+        return images[chosen], labels[chosen]
+
+    def loss_of_one_batch() -> Any:
+        with torch.autocast("cpu", dtype=dtype):
+            return training.model(*batch())
+
+    training.batch, training.loss_of_one_batch = batch, loss_of_one_batch
+    return training
+
+
+class _ViT(torch.nn.Module):
+    """Patches of 2 x 2 pixels, pre-norm blocks, the mean over patches, ten classes: the loss."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.patches = torch.nn.Conv2d(1, width, 2, 2)
+        self.position = torch.nn.Parameter(0.02 * torch.randn(16, width))
+        block = torch.nn.TransformerEncoderLayer
+        self.blocks = torch.nn.Sequential(
+            *(
+                block(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+                for _ in range(2)
+            )
+        )
+        self.norm = torch.nn.LayerNorm(width)
+        self.head = torch.nn.Linear(width, 10)
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.patches(images[:, None]).flatten(2).transpose(1, 2) + self.position
+        return F.cross_entropy(self.head(self.norm(self.blocks(x)).mean(1)), labels)
+
+
 def _train(
     training: Any, contender: Contender, progress: Progress
-) -> tuple[list[float], set[torch.dtype]]:
-    """The loss of each step, and the dtypes that the LayerNorms gave.
+) -> tuple[list[float], set[torch.dtype], float, int]:
+    """Losses, the dtypes that the LayerNorms gave, the last tenth's gradient norm, skipped steps.
 
     Raises:
-        WrongResult: that of the first, of the untrained model, is not what float64 gives.
+        WrongResult: the first loss, of the untrained model, is not what float64 gives.
     """
     exact = _loss_in_float64(training)
     dtypes = example().record_layernorm_dtypes(training.model)
     losses: list[torch.Tensor] = []
-    with contender.applied(training.model):
-        for _ in range(training.args.steps):
+    norms: list[float] = []
+    skipped, scale = 0, training.scaler.get_scale()
+    steps = training.args.steps
+    with contender.applied(training.model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*autocast.*")  # to float32, of that contender
+        for step in range(steps):
             losses.append(training.step())
+            skipped += training.scaler.get_scale() < scale
+            scale = training.scaler.get_scale()
+            if step >= steps - steps // 10:
+                gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
+                norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in gradients)))
             progress.update()
     error = timing.relative_error(losses[0], exact)
     limit = 4 * torch.finfo(getattr(torch, training.args.dtype)).eps
-    timing.require({"the first loss": error}, {"the first loss": limit})
-    return [loss.item() for loss in losses], dtypes
+    timing.require({"the first loss": error}, {"the first loss": max(limit, 1e-5)})
+    return [loss.item() for loss in losses], dtypes, statistics.fmean(norms), skipped
 
 
 def _loss_in_float64(training: Any) -> torch.Tensor:
     """The loss of the next batch, which the training still gets."""
     state = training.generator.get_state()
-    batch = example().sample_batch(training.text, training.args, training.generator)
+    if hasattr(training, "batch"):
+        batch = training.batch()
+    else:
+        batch = example().sample_batch(training.text, training.args, training.generator)
     training.generator.set_state(state)
+    batch = [t.double() if t.is_floating_point() else t for t in batch]
     with torch.no_grad():
         loss: torch.Tensor = copy.deepcopy(training.model).double()(*batch)
     return loss
@@ -108,10 +251,13 @@ def _figures(
         [statistics.fmean(c[-(len(c) // 10) :]) for c in each] for each in (curves, stock)
     )
     differences = [ours - theirs for ours, theirs in zip(final, stocks, strict=True)]
+    seeds = len(differences)
+    quantile = T_95[min(seeds - 1, len(T_95)) - 1]
     return {
         "final loss": statistics.fmean(final),
         "spread of seeds": statistics.stdev(final),
         "minus stock": statistics.fmean(differences),
+        "95 % +-": quantile * statistics.stdev(differences) / seeds**0.5,
         "largest minus stock": max(differences, key=abs),
         "largest rise": max(map(_largest_rise, curves)),
     }

@@ -23,10 +23,13 @@ class Options:
         rounds: Rounds of timing.
         graph: Whether the kernel suite times replays of CUDA graphs.
         features: N, for the kernel suite.
-        models: Names, for the model suite.
-        modes: "eager", "compiled", for the model suite.
+        models: Names, for the model and count suites.
+        modes: "eager", "compiled", for the model and count suites.
+        norms: What is lowered, for the count suite.
         steps: Of training, for the loss suite.
         seeds: How many, for the loss suite.
+        policy: "cuda" for CUDA's autocast lists on the CPU, for the loss suite.
+        lr: Learning rate, for the loss suite.
         json: File for the rows.
         plot: File for the drawing.
     """
@@ -39,8 +42,11 @@ class Options:
     features: list[int] | None = None
     models: list[str] | None = None
     modes: list[str] | None = None
+    norms: str | None = None
     steps: int | None = None
     seeds: int | None = None
+    policy: str | None = None
+    lr: float | None = None
     json: Path | None = None
     plot: Path | None = None
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch.bench.recipe import ComposerGroupNorm, ComposerRecipe
 from lpln_autopatch.bench.results import short
 from lpln_autopatch.bench.timing import WrongResult
-from lpln_autopatch.torch_compat import autocast_dtype
 
 LayerNormClass = type[torch.nn.LayerNorm]
 _Passed = TypeVar("_Passed")
@@ -35,44 +35,24 @@ class Stock(torch.nn.LayerNorm):
         )
 
 
-class ComposerRecipe(torch.nn.LayerNorm):
-    """Composer's low-precision LayerNorm: cast x, weight and bias, then normalise.
-
-    Source:
-        MosaicML Composer, `LPLayerNorm`; differs in: autocast is asked about the device of x,
-        so that it has an effect on CPU too.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        device_type = input.device.type
-        dtype = autocast_dtype(device_type)
-        x = input if dtype is None else input.to(dtype=dtype)
-        weight = _cast(self.weight, dtype)
-        bias = _cast(self.bias, dtype)
-        with torch.autocast(enabled=False, device_type=device_type):
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
-def _cast(parameter: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    return parameter if parameter is None or dtype is None else parameter.to(dtype=dtype)
-
-
 @dataclasses.dataclass(frozen=True)
 class Contender:
     """One way of running the LayerNorms of a module.
 
     Attributes:
         name: What the tables call it.
-        load: The class that the LayerNorms take, looked for when it is needed.
+        load: The class that the LayerNorms take, looked for when it is needed; None: their own.
         backend: That of the block around it; None for no block.
+        norms: What the block lowers.
         function: Looks for what is called in place of the module: `F.layer_norm` by itself.
         compiled: Whether it runs under torch.compile.
         device_type: The only one that it runs on, or None.
     """
 
     name: str
-    load: Callable[[], LayerNormClass] = lambda: torch.nn.LayerNorm
+    load: Callable[[], LayerNormClass] | None = None
     backend: str | None = None
+    norms: str = "layer_norm"
     function: Callable[[], Callable[..., Tensor]] | None = None
     compiled: bool = False
     device_type: str | None = None
@@ -80,7 +60,7 @@ class Contender:
     def _block(self) -> contextlib.AbstractContextManager[object]:
         if self.backend is None:
             return contextlib.nullcontext()
-        return low_precision_layernorm(backend=self.backend)
+        return low_precision_layernorm(backend=self.backend, norms=self.norms)
 
     def gives(self, dtypes: Iterable[torch.dtype], autocast: torch.dtype) -> str:
         """The dtypes that its LayerNorms gave, in words.
@@ -100,16 +80,24 @@ class Contender:
         They keep their parameters and change their class, as in `apply_low_precision_layernorm`,
         so that all contenders run the same module.
         """
-        cls = self.load()
-        layers = [m for m in module.modules() if type(m) is torch.nn.LayerNorm]
-        for layer in layers:
-            layer.__class__ = cls
+        layers: dict[torch.nn.Module, type] = {}
+        if self.load is not None:
+            classes: dict[type[torch.nn.Module], type[torch.nn.Module]]
+            classes = {torch.nn.LayerNorm: self.load()}
+            if self.norms == "all":
+                classes[torch.nn.GroupNorm] = ComposerGroupNorm
+            # Subclasses too, as Composer's surgery does.
+            layers = {m: type(m) for m in module.modules() if isinstance(m, tuple(classes))}
+            for layer in layers:
+                layer.__class__ = next(
+                    new for old, new in classes.items() if isinstance(layer, old)
+                )
         try:
             with self._block():
                 yield
         finally:
-            for layer in layers:
-                layer.__class__ = torch.nn.LayerNorm
+            for layer, own in layers.items():
+                layer.__class__ = own
 
 
 def sift(

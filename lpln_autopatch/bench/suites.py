@@ -24,8 +24,11 @@ from importlib_metadata import PackageNotFoundError, version
 from lpln_autopatch import disable, status
 from lpln_autopatch.bench import results
 from lpln_autopatch.bench.options import Options, usable_device
+from lpln_autopatch.torch_compat import CAN_COUNT
 
 SUITES = {
+    # First: its device has to be there before the first backward.
+    "count": "what a training step of real models does under CUDA's autocast, without a GPU",
     "kernel": "LayerNorm alone, on the device, against every rival",
     "call": "one call on the host",
     "model": "a training step of BERT, GPT-2 and ViT",
@@ -62,7 +65,8 @@ def main(argv: Sequence[str]) -> int:
     if options.quick:
         print(QUICK)
     for suite, rows in measured.items():
-        print(f"\n{suite}: {SUITES[suite]}\n{results.table(rows)}")
+        table = getattr(import_module(f"lpln_autopatch.bench.{suite}"), "table", results.table)
+        print(f"\n{suite}: {SUITES[suite]}\n{table(rows)}")
     if options.json:
         results.write_json(options.json, about, measured)
     if options.plot:
@@ -97,7 +101,9 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("suites", nargs="*", metavar="SUITE", help="kernel, call, model, loss (default: all)")
+    add(
+        "suites", nargs="*", metavar="SUITE", help="count, kernel, call, model, loss (default: all)"
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help=f"cpu, cuda, cuda:1, ... (default here: {device})")
     add("--quick", action="store_true", help="small sizes: does it run? its figures mean nothing")
@@ -105,10 +111,18 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     add("--rounds", type=_at_least(2), help="rounds of timing, at least 2")
     add("--graph", action="store_true", help="kernel: time CUDA graphs, the device alone")
     add("--features", type=_at_least(1), nargs="+", metavar="N", help="kernel: sizes of a row")
-    add("--models", nargs="+", choices=["bert", "gpt2", "vit"], help="model: default all")
-    add("--modes", nargs="+", choices=["eager", "compiled"], help="model: default both")
+    add("--models", nargs="+", metavar="MODEL", help="model: bert, gpt2, vit; count: see the docs")
+    add("--norms", help="count: layer_norm, all, ...; default: by the model")
+    add(
+        "--modes",
+        nargs="+",
+        choices=["eager", "compiled"],
+        help="model: default both; count: eager",
+    )
     add("--steps", type=_at_least(20), help="loss: steps of training, at least 20")
     add("--seeds", type=_at_least(2), help="loss: how many, at least 2")
+    add("--policy", choices=["cuda"], help="loss: under CUDA's autocast lists, on the CPU")
+    add("--lr", type=float, help="loss: learning rate (default: 0.001)")
     add("--json", type=Path, metavar="FILE", help="write every figure")
     add("--plot", type=Path, metavar="FILE", help="draw them, a PNG")
     args = parser.parse_args(argv)
@@ -122,11 +136,18 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
         parser.error(f"{args.json}: --json and --plot need a file each")
     if args.plot and args.plot.suffix.lower() != ".png":
         parser.error(f"--plot {args.plot}: the name ends in .png")
+    if args.policy and not (CAN_COUNT and args.device == "cpu" and args.suites == ["loss"]):
+        parser.error("--policy is for loss alone, --device cpu, and torch 2.13 or later")
     if args.graph and not args.device.startswith("cuda"):
         parser.error(f"--graph: only a CUDA device has graphs, not {args.device}")
     given = {k: v for k, v in vars(args).items() if k not in ("suites", "device", "dtype")}
     dtypes = [getattr(torch, name) for name in args.dtype] if args.dtype else None
-    suites = [name for name in SUITES if name in (args.suites or SUITES)]
+    able = [name for name in SUITES if name != "count" or CAN_COUNT]
+    suites = [name for name in SUITES if name in (args.suites or able)]
+    if not {*suites} <= {*able}:
+        parser.error(f"count needs torch 2.13 or later, this is {torch.__version__}")
+    if suites != ["count"] and not {*(args.models or ())} <= {"bert", "gpt2", "vit"}:
+        parser.error("--models: other models than bert, gpt2 and vit are for count, named alone")
     return Options(usable_device(args.device), dtypes=dtypes, **given), suites
 
 

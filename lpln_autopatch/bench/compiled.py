@@ -1,0 +1,112 @@
+"""What torch.compile makes of a training step, counted from its graphs; nothing is built or run.
+
+On the CPU, whose tensors hold no data, under CUDA's policy: Dynamo, AOTAutograd with its
+partitioner, and Inductor as far as its scheduler, which fuses operators into kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from lpln_autopatch.bench import emulated, zoo
+from lpln_autopatch.bench.policy import policy
+
+
+@dataclasses.dataclass
+class Counts:
+    """The counts of one training step.
+
+    Attributes:
+        kept: Bytes that the forward graphs hand to the backward graphs: no parameters, no casts
+            of them, each storage once.
+        moved: Bytes that Inductor's kernels and PyTorch's operators between them read and write.
+        kernels: How many of both there are.
+        graphs: Forward and backward graphs: more than two where Dynamo broke the model.
+    """
+
+    kept: int = 0
+    moved: int = 0
+    kernels: int = 0
+    graphs: int = 0
+
+
+def count(entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype) -> Counts:
+    """Compile a training step of `model`, and count what comes out."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    counts = Counts()
+
+    def inner(gm: Any, inputs: Any, is_backward: bool = False, **_: Any) -> Any:
+        counts.graphs += 1
+        counts.kept += 0 if is_backward else _kept(gm)
+        runs = copy.deepcopy(gm).forward
+        _schedule(gm, inputs, is_backward, counts)
+
+        def boxed(arguments: list[Any]) -> Any:
+            return runs(*arguments)
+
+        boxed._boxed_call = True  # type: ignore[attr-defined]
+        return boxed
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        return compile_fx(gm, inputs, inner_compile=inner)
+
+    torch.compiler.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True), policy("cpu"):
+        emulated.move(model, "cpu")
+        batch = entry.batch_on(model, "cpu")
+        with torch.autocast("cpu", dtype=dtype):
+            loss = zoo.loss_of(torch.compile(model, backend=backend)(**batch))
+        torch.autograd.backward(loss)
+        model.zero_grad()
+    return counts
+
+
+def _kept(gm: Any) -> int:
+    """Bytes of what a forward graph gives beyond what the model does."""
+    metadata: Any = torch._guards.TracingContext.get().fw_metadata
+    assert metadata is not None
+    outputs = gm.graph.output_node().args[0][metadata.num_forward_returns :]
+    kept: dict[int, int] = {}
+    for node in outputs:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or _comes_from_an_input_alone(node):
+            continue
+        storage = value.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+    return sum(kept.values())
+
+
+def _comes_from_an_input_alone(node: Any) -> bool:
+    """A parameter, or a cast or a view of one."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return bool(node.op == "placeholder")
+
+
+def _schedule(gm: Any, inputs: Any, is_backward: bool, counts: Counts) -> None:
+    """What `compile_fx_inner` does up to the scheduler, and the counts of its kernels."""
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    compile_fx: Any = import_module("torch._inductor.compile_fx")
+    mode: Any = torch._guards.detect_fake_mode(inputs)
+    with V.set_fake_mode(mode), torch.no_grad():
+        compile_fx.view_to_reshape(gm)
+        compile_fx.fake_tensor_prop(gm, inputs)
+        compile_fx.record_original_output_strides(gm)
+        compile_fx._recursive_post_grad_passes(gm, is_inference=False)
+    graph = GraphLowering(gm, example_inputs=inputs, is_backward=is_backward)
+    with DebugContext(), V.set_graph_handler(graph), V.set_fake_mode(mode):
+        graph.run(*inputs)
+        graph.init_wrapper_code()
+        graph._update_scheduler()
+        counts.moved += graph.count_bytes()[0]
+        counts.kernels += sum("Nop" not in type(n).__name__ for n in graph.scheduler.nodes)

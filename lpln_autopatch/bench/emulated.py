@@ -1,0 +1,166 @@
+"""An accelerator that computes shapes and dtypes alone, with CUDA's autocast policy.
+
+A device that is not the CPU, made in Python: a model of any size runs forward and backward on it
+in seconds, and takes the ways that it takes on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpln_autopatch.bench.policy import MissingPart, Policy, policy
+
+NAME = "emulated"
+
+
+class _Device:
+    """What torch asks a module of devices for, as `torch.emulated`."""
+
+    def __getattr__(self, name: str) -> Any:
+        answers: dict[str, Any] = {"is_available": True, "is_initialized": True, "device_count": 1}
+        answers |= {"current_device": 0, "_is_in_bad_fork": False, "manual_seed_all": None}
+        answers["get_amp_supported_dtype"] = [torch.float16, torch.bfloat16]
+        if name not in answers:
+            raise AttributeError(name)
+        return lambda *args: answers[name]
+
+
+@functools.cache
+def add_device() -> None:
+    """Give this process its accelerator; nothing takes it away again.
+
+    Before the first backward: autograd makes a queue for every device that there is then.
+
+    Raises:
+        MissingPart: this torch cannot have one.
+    """
+    try:
+        from torch.utils.backend_registration import (
+            _setup_privateuseone_for_python_backend as set_up,
+        )
+    except ImportError as error:
+        raise MissingPart(
+            f"torch {torch.__version__} has no devices made in Python; 2.13 has."
+        ) from error
+    set_up(NAME, _Device())
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """The kernel that a GPU would take: flash, or with a mask or in float32 the efficient one."""
+    aten: Any = torch.ops.aten
+    if enable_gqa and key.shape[1] != query.shape[1]:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    if attn_mask is None and query.dtype is not torch.float32:
+        flash = aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    efficient = aten._scaled_dot_product_efficient_attention
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -1e9)
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2]).to(query.dtype)
+    wants_gradient = torch.is_grad_enabled() and query.requires_grad
+    return efficient(
+        query, key, value, attn_mask, wants_gradient, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: Any = None) -> Tensor:
+    """One kernel, as CUDA has it since torch 2.9; on a device made in Python torch has ten."""
+    y: Tensor = _kernels().apply(x, weight)
+    return y
+
+
+@functools.cache
+def _kernels() -> Any:
+    """A differentiable RMSNorm, which keeps x and 1 / rms of each row."""
+    new: Any = torch.library.Library
+    library = new(NAME, "DEF")
+    library.define("rms_norm(Tensor x, Tensor? weight) -> (Tensor, Tensor)")
+    library.define(
+        "rms_norm_backward(Tensor dy, Tensor x, Tensor rstd, Tensor? weight) -> (Tensor, Tensor)"
+    )
+
+    def forward(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+    def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None) -> Any:
+        return torch.empty_like(x), torch.empty_like(x[0] if weight is None else weight)
+
+    for name, function in (("rms_norm", forward), ("rms_norm_backward", backward)):
+        torch.library.register_fake(f"{NAME}::{name}", function, lib=library)
+    operators: Any = getattr(torch.ops, NAME)
+
+    class RMSNorm(torch.autograd.Function):
+        library_that_must_live = library
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Any:
+            y, rstd = operators.rms_norm(x, weight)
+            ctx.save_for_backward(x, rstd, weight)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, *dy: Any) -> Any:
+            x, rstd, weight = ctx.saved_tensors
+            dx, dweight = operators.rms_norm_backward(dy[0], x, rstd, weight)
+            return dx, None if weight is None else dweight
+
+    return RMSNorm
+
+
+@contextlib.contextmanager
+def accelerator() -> Iterator[Policy]:
+    """Have the device "emulated" and CUDA's policy on it, with tensors that hold no data.
+
+    Raises:
+        MissingPart: this torch cannot.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    add_device()
+    new: Any = torch.library.Library
+    library = new("aten", "IMPL", "AutogradPrivateUse1")
+    library.impl("scaled_dot_product_attention", _attention)
+    library.impl("rms_norm", _rms_norm)
+    try:
+        with policy(NAME) as chosen, FakeTensorMode(allow_non_fake_inputs=True):
+            yield chosen
+    finally:
+        library._destroy()
+
+
+def move(model: torch.nn.Module, device: str = NAME) -> None:
+    """Give a model new parameters and buffers on `device`, which hold no data."""
+    moved: dict[int, Tensor] = {}
+
+    def to_device(tensor: Tensor) -> Tensor:
+        if id(tensor) not in moved:
+            new = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+            )
+            if isinstance(tensor, torch.nn.Parameter):
+                new = torch.nn.Parameter(new, tensor.requires_grad)
+            moved[id(tensor)] = new
+        return moved[id(tensor)]
+
+    for module in model.modules():
+        each: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in each:
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = to_device(tensor)

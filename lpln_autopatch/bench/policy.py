@@ -1,0 +1,195 @@
+"""CUDA's autocast policy on another device, from the lists of the torch that is installed.
+
+torch ships the lists as macros of a C++ header. Each operator of a list gets a kernel that casts
+what CUDA's casts: on the CPU with real numbers, or on the emulated accelerator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HEADER = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
+LISTS = {
+    "AT_FORALL_LOWER_PRECISION_FP": "lower",
+    "AT_FORALL_FP32": "float32",
+    "AT_FORALL_FP32_SET_OPT_DTYPE": "float32 by argument",
+    "AT_FORALL_DIFFERENT_REDISPATCH_SIGNATURE": "float32 by overload",
+    "AT_FORALL_PROMOTE": "widest",
+}
+"""The header's macros, and what each does to the operators in it."""
+
+
+class MissingPart(Exception):
+    """This torch lacks something that counting needs: which, in a line."""
+
+
+def lists() -> dict[str, str]:
+    """The rule of every operator on CUDA's lists, by `name` or `name.overload`.
+
+    Raises:
+        MissingPart: this torch has no such lists.
+    """
+    text = HEADER.read_text() if HEADER.exists() else ""
+    rules: dict[str, str] = {}
+    for macro, rule in LISTS.items():
+        found = re.search(rf"#define {macro}\(_\)((?:.*\\\n)*.*\n)", text)
+        if found is None:
+            raise MissingPart(f"torch {torch.__version__} has no list {macro}; 2.13 has.")
+        pattern = r'"(\w+\.\w+)"' if rule == "float32 by overload" else r"_\((\w+(?:, \w+)?)\)"
+        for name in re.findall(pattern, found[1]):
+            rules[name.replace(", ", ".")] = rule
+    return rules
+
+
+class Policy:
+    """CUDA's lists, registered for one autocast key; see `policy`.
+
+    Args:
+        device_type: "cpu", or the name of the emulated accelerator.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        self.device_type = device_type
+        key = "AutocastCPU" if device_type == "cpu" else "AutocastPrivateUse1"
+        self.key = key
+        self._keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        self._casts: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
+
+    def register(self, library: Any) -> None:
+        """Give every operator its kernel; those that only another list has fall through."""
+        rules = lists()
+        for name in torch._C._dispatch_get_all_op_names():
+            namespace, _, short = name.partition("::")
+            if namespace != "aten":
+                continue
+            if short in rules:
+                kernel = self._kernel(short, rules[short])
+            elif torch._C._dispatch_has_kernel_for_dispatch_key(name, self.key):
+                kernel = torch.library.fallthrough_kernel
+            else:
+                continue
+            library.impl(short, kernel)
+
+    def forget_casts(self) -> None:
+        """What the end of an autocast region does to the casts of weights."""
+        self._casts.clear()
+
+    def is_cast_of_weight(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` lies in a cast that the region keeps."""
+        storage = tensor.untyped_storage()._cdata
+        return any(cast.untyped_storage()._cdata == storage for _, cast in self._casts.values())
+
+    def _kernel(self, name: str, rule: str) -> Callable[..., Any]:
+        packet, _, overload = name.partition(".")
+        operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        prepare = getattr(self, "_" + rule.replace(" ", "_"))
+
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(self._keys):
+                call, args, kwargs = prepare(operator, args, kwargs)
+                return call(*args, **kwargs)
+
+        return kernel
+
+    def _eligible(self, value: object) -> bool:
+        return (
+            isinstance(value, torch.Tensor)
+            and value.device.type == self.device_type
+            and value.is_floating_point()
+            and value.dtype is not torch.float64
+        )
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [self._cast(each, dtype) for each in value]
+        if not self._eligible(value) or value.dtype is dtype:
+            return value
+        # As cached_cast in autocast_mode.cpp: leaves that want a gradient, for one region.
+        cacheable = (
+            value.dtype is torch.float32
+            and dtype is torch.get_autocast_dtype(self.device_type)
+            and value.requires_grad
+            and value.is_leaf
+            and not value._is_view()
+            and torch.is_autocast_cache_enabled()
+        )
+        if not cacheable:
+            return value.to(dtype=dtype)
+        known = self._casts.get(id(value))
+        if known is None or known[0]() is not value:
+            known = self._casts[id(value)] = (weakref.ref(value), value.to(dtype=dtype))
+        return known[1]
+
+    def _all_to(self, dtype: torch.dtype, operator: Any, args: Any, kwargs: Any) -> Any:
+        arguments = {name: self._cast(value, dtype) for name, value in kwargs.items()}
+        return operator, [self._cast(value, dtype) for value in args], arguments
+
+    def _lower(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        return self._all_to(torch.get_autocast_dtype(self.device_type), operator, args, kwargs)
+
+    def _float32(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        return self._all_to(torch.float32, operator, args, kwargs)
+
+    def _widest(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        values: list[Any] = []
+        for value in (*args, *kwargs.values()):
+            values += value if isinstance(value, (list, tuple)) else [value]
+        float32 = any(self._eligible(v) and v.dtype is torch.float32 for v in values)
+        rule = self._float32 if float32 else self._lower
+        return rule(operator, args, kwargs)
+
+    def _float32_by_argument(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        position = [argument.name for argument in operator._schema.arguments].index("dtype")
+        given = args[position] if len(args) > position else kwargs.get("dtype")
+        if self._eligible(args[0]) and given is None:
+            args, kwargs = args[:position], {**kwargs, "dtype": torch.float32}
+        return operator, args, kwargs
+
+    def _float32_by_overload(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        if not self._eligible(args[0]):
+            return operator, args, kwargs
+        defaults = [a.default_value for a in operator._schema.arguments[len(args) :]]
+        name = {"Scalar": "ScalarOpt_dtype", "ScalarOpt_dim": "ScalarOpt_dim_dtype"}
+        overload = getattr(torch.ops.aten.norm, name[operator._overloadname])
+        return overload, (*args, *defaults), {**kwargs, "dtype": torch.float32}
+
+
+@contextlib.contextmanager
+def policy(device_type: str = "cpu") -> Iterator[Policy]:
+    """Have autocast do on `device_type` what it does on CUDA, the cache of weights included.
+
+    Everything that runs inside casts as CUDA's lists say, in eager mode and in what is compiled
+    inside. What was compiled outside must not be run inside, nor the reverse.
+
+    Raises:
+        MissingPart: this torch has no such lists.
+    """
+    chosen = Policy(device_type)
+    new: Any = torch.library.Library
+    library, others = new("aten", "IMPL", chosen.key), new("_", "IMPL", chosen.key)
+    clear = torch.clear_autocast_cache
+
+    def clear_both() -> None:
+        clear()
+        chosen.forget_casts()
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*(O|o)verrid.*")
+            chosen.register(library)
+            if device_type != "cpu":  # a new device has no kernel for what is on no list
+                others.fallback(torch.library.fallthrough_kernel)
+        torch.clear_autocast_cache = clear_both
+        yield chosen
+    finally:
+        torch.clear_autocast_cache = clear
+        library._destroy()
+        others._destroy()

@@ -1,0 +1,267 @@
+"""The models that are counted, full size, as people train them; and any other by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+class WrongModel(Exception):
+    """No model has that name here: why, in a line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A model with its batch.
+
+    Attributes:
+        source: "timm:NAME", "transformers:CONFIG" or "MODULE:FUNCTION".
+        batch: Items in a batch.
+        length: Tokens of an item, where it is text.
+        config: What differs from the configuration's defaults.
+        shallow: What makes it a model of three layers, for what is compiled; empty: all of it.
+        norms: Those that are lowered, as in `enable(norms=...)`.
+    """
+
+    source: str
+    batch: int = 32
+    length: int = 512
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shallow: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    norms: str = "layer_norm"
+
+    def build(self, shallow: bool = False) -> torch.nn.Module:
+        """The model, on meta: its weights take no memory.
+
+        Raises:
+            WrongModel: there is none, or what builds it is not installed.
+        """
+        library, _, name = self.source.partition(":")
+        config = {**self.config, **(self.shallow if shallow else {})}
+        try:
+            with torch.device("meta"):
+                if library == "timm":
+                    model: torch.nn.Module = import_module("timm").create_model(name, **config)
+                elif library == "transformers":
+                    model = _of_transformers(name, config)
+                else:
+                    model = getattr(import_module(library), name)(**config)
+        except ModuleNotFoundError as error:
+            missing = error.name or "a package"
+            raise WrongModel(
+                f"{self.source}: {missing} is not installed: pip install 'lpln_autopatch[count]'"
+            ) from error
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise WrongModel(f"{self.source}: {str(error).splitlines()[0]}") from error
+        if not isinstance(model, torch.nn.Module):
+            raise WrongModel(f"{self.source} gives {type(model).__name__}, not a torch.nn.Module")
+        return model.train()
+
+    def batch_on(self, model: torch.nn.Module, device: str) -> dict[str, Any]:
+        """What the forward of `model` takes, by the names of its arguments, on `device`."""
+        make = getattr(model, "make_batch", _batch)
+        batch: dict[str, Any] = make(model, self.batch, self.length, device)
+        return batch
+
+
+def _of_transformers(name: str, config: Mapping[str, Any]) -> torch.nn.Module:
+    transformers = import_module("transformers")
+    kind = getattr(transformers, name, None)
+    if not inspect.isclass(kind) or not issubclass(kind, transformers.PretrainedConfig):
+        raise WrongModel(f"transformers:{name} is not a configuration of transformers")
+    tasks = ("SpeechSeq2Seq", "Seq2SeqLM", "MaskedLM", "CausalLM", "ImageClassification")
+    for auto in (
+        *(getattr(transformers, f"AutoModelFor{t}") for t in tasks),
+        transformers.AutoModel,
+    ):
+        if kind in auto._model_mapping:
+            configuration: Any = kind(**config)
+            configuration.use_cache = False  # of keys and values, for generation
+            model: torch.nn.Module = auto.from_config(configuration)
+            return model
+    raise WrongModel(f"transformers:{name} belongs to no model that can be made from it alone")
+
+
+def _batch(model: Any, items: int, length: int, device: str) -> dict[str, Any]:
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.randint(2, shape, device=device)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device)
+
+    config = getattr(model, "config", None)
+    if config is None:  # timm's
+        argument = next(iter(inspect.signature(model.forward).parameters))
+        return {argument: numbers(items, *model.pretrained_cfg["input_size"])}
+    vision: Any = getattr(config, "vision_config", config)
+    side: Any = getattr(vision, "image_size", None)
+    images: Any = (items, getattr(vision, "num_channels", 3), side, side)
+    if vision is not config:  # CLIP's
+        tokens = integers(items, config.text_config.max_position_embeddings)
+        return {"input_ids": tokens, "pixel_values": numbers(*images), "return_loss": True}
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": numbers(*images), "labels": integers(items)}
+    if model.main_input_name == "input_features":  # Whisper's: 30 s
+        sound = numbers(items, config.num_mel_bins, 2 * config.max_source_positions)
+        return {"input_features": sound, "labels": integers(items, length)}
+    return {"input_ids": integers(items, length), "labels": integers(items, length)}
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """The loss that a model gives, or that of what it gives: of classes, or of a regression."""
+    loss: torch.Tensor | None = getattr(output, "loss", None)
+    if loss is not None:
+        return loss
+    y = output if isinstance(output, torch.Tensor) else output[0]
+    if y.ndim == 2:
+        return F.cross_entropy(y, torch.zeros(len(y), dtype=torch.long, device=y.device))
+    return F.mse_loss(y, torch.zeros_like(y))
+
+
+def llama(**config: Any) -> torch.nn.Module:
+    """transformers' Llama with `torch.nn.RMSNorm` in place of its own, which none can reach."""
+    model = _of_transformers("LlamaConfig", config)
+    for module in list(model.modules()):
+        child: Any
+        for name, child in module.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                size, eps = child.weight.numel(), child.variance_epsilon
+                setattr(module, name, torch.nn.RMSNorm(size, eps))
+    return model
+
+
+def dit_xl_2(**config: Any) -> torch.nn.Module:
+    """DiT-XL/2 of diffusers, on latents of 256 x 256 pixels."""
+    sizes = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28}
+    sizes |= {"in_channels": 4, "out_channels": 8, "sample_size": 32, **config}
+    model: Any = import_module("diffusers").DiTTransformer2DModel(**sizes)
+
+    def make_batch(model: Any, items: int, length: int, device: str) -> dict[str, Any]:
+        latents = torch.randn(items, 4, 32, 32, device=device)
+        numbers = torch.randint(1000, (items,), device=device)
+        return {"hidden_states": latents, "timestep": numbers, "class_labels": numbers}
+
+    model.make_batch = make_batch
+    result: torch.nn.Module = model
+    return result
+
+
+def stable_diffusion_unet(**config: Any) -> torch.nn.Module:
+    """The UNet of Stable Diffusion 1.5, on latents of 512 x 512 pixels and 77 tokens."""
+    sizes = {"sample_size": 64, "cross_attention_dim": 768, **config}
+    model: Any = import_module("diffusers").UNet2DConditionModel(**sizes)
+
+    def make_batch(model: Any, items: int, length: int, device: str) -> dict[str, Any]:
+        latents = torch.randn(items, 4, 64, 64, device=device)
+        numbers = torch.randint(1000, (items,), device=device)
+        text = torch.randn(items, 77, 768, device=device)
+        return {"sample": latents, "timestep": numbers, "encoder_hidden_states": text}
+
+    model.make_batch = make_batch
+    result: torch.nn.Module = model
+    return result
+
+
+_HERE = "lpln_autopatch.bench.zoo"
+_1000 = {"num_labels": 1000}
+_THREE = {"num_hidden_layers": 3}
+_WHISPER = {"d_model": 768, "encoder_layers": 12, "decoder_layers": 12}
+_WHISPER |= {"encoder_attention_heads": 12, "decoder_attention_heads": 12}
+_WHISPER |= {"encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072}
+_LLAMA = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 16}
+_LLAMA |= {"num_attention_heads": 16}
+
+MODELS: dict[str, Entry] = {
+    "bert-base": Entry("transformers:BertConfig", 32, 512, {}, _THREE),
+    "gpt2": Entry("transformers:GPT2Config", 8, 1024, {}, {"n_layer": 3}),
+    "vit-b16": Entry("transformers:ViTConfig", 64, 0, _1000, _THREE),
+    "vit-b16-timm": Entry("timm:vit_base_patch16_224", 64, 0, {}, {"depth": 3}),
+    "swin-t": Entry("timm:swin_tiny_patch4_window7_224", 64, 0),
+    "convnext-t": Entry("timm:convnext_tiny", 64, 0),
+    "whisper-small": Entry(
+        "transformers:WhisperConfig", 8, 448, _WHISPER, {"encoder_layers": 3, "decoder_layers": 3}
+    ),
+    "dinov2-b": Entry("transformers:Dinov2Config", 64, 0, {**_1000, "image_size": 224}, _THREE),
+    "clip-vit-b32": Entry("transformers:CLIPConfig", 256),
+    "dit-xl-2": Entry(f"{_HERE}:dit_xl_2", 32, 0, {}, {"num_layers": 3}),
+    "sd-unet": Entry(f"{_HERE}:stable_diffusion_unet", 8, 0, norms="all"),
+    "llama-1b": Entry(f"{_HERE}:llama", 4, 2048, _LLAMA, _THREE, norms="all"),
+}
+"""The models of the default, and their shallow configurations for what is compiled."""
+
+
+MORE: dict[str, Entry] = {
+    "roberta-base": Entry("transformers:RobertaConfig", 32, 512, {"max_position_embeddings": 514}),
+    "distilbert": Entry("transformers:DistilBertConfig", 32, 512),
+    "electra-small": Entry("transformers:ElectraConfig", 64, 512),
+    "opt-125m": Entry("transformers:OPTConfig", 8, 1024),
+    "pythia-410m": Entry(
+        "transformers:GPTNeoXConfig",
+        8,
+        1024,
+        {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        },
+    ),
+    "bloom-560m": Entry(
+        "transformers:BloomConfig", 4, 1024, {"hidden_size": 1024, "n_layer": 24, "n_head": 16}
+    ),
+    "phi-1": Entry("transformers:PhiConfig", 4, 1024),
+    "bart-large": Entry("transformers:BartConfig", 8, 512),
+    "beit-b16": Entry("transformers:BeitConfig", 64, 0, _1000),
+    "siglip-b16": Entry("transformers:SiglipConfig", 64),
+    **{
+        name: Entry(f"timm:{name}", 64, 0)
+        for name in (
+            "vit_large_patch16_224",
+            "deit3_base_patch16_224",
+            "eva02_base_patch14_224",
+            "hiera_base_224",
+            "swinv2_tiny_window8_256",
+            "convnext_base",
+            "maxvit_tiny_tf_224",
+            "mixer_b16_224",
+            "cait_s24_224",
+            "xcit_small_12_p16_224",
+            "pvt_v2_b2",
+            "twins_svt_base",
+            "mvitv2_tiny",
+            "davit_tiny",
+            "focalnet_tiny_srf",
+            "edgenext_small",
+        )
+    },
+}
+"""With `MODELS`, those of `--models all`."""
+
+
+def names(chosen: Sequence[str]) -> list[str]:
+    """The names that `chosen` stands for: of those of the default, or of all for "all"."""
+    if list(chosen) == ["all"]:
+        return [*MODELS, *MORE]
+    return list(chosen or MODELS)
+
+
+def entry(name: str) -> Entry:
+    """The entry of that name, or a new one for a source.
+
+    Raises:
+        WrongModel: it is neither.
+    """
+    known = {**MODELS, **MORE}
+    if name in known:
+        return known[name]
+    if ":" in name:
+        image = name.startswith("timm:")
+        return Entry(name, 64 if image else 8)
+    valid = f"all, {', '.join(known)}, timm:NAME, transformers:CONFIG, MODULE:FUNCTION"
+    raise WrongModel(f"{name!r} is no model; valid: {valid}")

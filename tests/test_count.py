@@ -1,0 +1,218 @@
+"""`bench count`: the emulated policy against CUDA's lists, and the counts against a hand's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support import run_python
+
+from lpln_autopatch.torch_compat import TORCH_VERSION
+
+pytestmark = pytest.mark.skipif(
+    TORCH_VERSION < (2, 13), reason="counting needs torch 2.13; CI runs it there"
+)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# Four rows of eight, through a matrix, a LayerNorm and a column.
+SMALL = """
+import types, torch
+
+class Small(torch.nn.Sequential):
+    def forward(self, x):
+        return types.SimpleNamespace(loss=super().forward(x).sum())
+
+    def make_batch(self, model, items, length, device):
+        return {"x": torch.randn(4, 8, device=device)}
+
+def make():
+    return Small(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 1))
+
+def fails():
+    return torch.nn.Linear(8, 8)
+
+def nothing():
+    return None
+"""
+
+
+def count(folder: Path, *arguments: str) -> tuple[str, dict[str, dict]]:
+    """What `bench count` prints without its date, and the figures by contender."""
+    (folder / "small.py").write_text(SMALL)
+    file = folder / "figures.json"
+    command = ["-m", "lpln_autopatch", "bench", "count", *arguments, "--json", str(file)]
+    printed = run_python(*command, PYTHONPATH=str(folder)).stdout
+    rows = json.loads(file.read_text())["suites"]["count"]
+    return printed.partition("count:")[2], {row["contender"]: row["figures"] for row in rows}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_small_model_is_as_counted_by_hand(tmp_path, dtype):
+    """Kept bytes, and those of the norm and of the casts, are the sums of what PyTorch needs."""
+    _, figures = count(tmp_path, "--models", "small:make", "--dtype", dtype)
+    x = 4 * 8  # elements of x, of the norm's input and of its output
+    statistics = 2 * 4 * 4  # mean and 1 / std of four rows, float32
+    stock, native = figures["stock"], figures["native"]
+    # The two matrices' inputs, the norm's input in float32, statistics.
+    assert stock["kept"] == 2 * (2 * x) + 4 * x + statistics
+    # The norm's input in two bytes, and its weight and bias, cast.
+    assert native["kept"] == 2 * (2 * x) + 2 * x + statistics + 2 * (8 + 8)
+    # Forward: x, weight, bias in, y, statistics out. Backward: dy, x, statistics, weight, bias in;
+    # dx, dweight, dbias out.
+    for counts, width in ((stock, 4), (native, 2)):
+        forward = width * (x + 8 + 8 + x) + statistics
+        backward = width * (x + x + 8 + 8) + statistics + width * (x + 8 + 8)
+        assert counts["norms"] == forward + backward
+    # A cast moves six bytes an element. Both cast x, the matrices, their biases and their
+    # gradients. Stock casts the norm's input, its output and both gradients; lowered its two
+    # parameters and theirs.
+    both = 6 * (x + 2 * (8 * 8 + 8 + 8 + 1))
+    assert stock["casts"] - both - 6 * (4 * x) == native["casts"] - both - 6 * (4 * 8)
+    assert (stock["norm_calls"], stock["lowered_calls"]) == (1, 0)
+    assert (native["norm_calls"], native["lowered_calls"]) == (1, 1)
+    assert figures["recipe"] == native  # Composer's recipe is what native does there
+
+
+def test_two_runs_print_the_same(tmp_path):
+    """There is neither a clock nor chance in it."""
+    assert count(tmp_path, "--models", "small:make") == count(tmp_path, "--models", "small:make")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("toast", "'toast' is no model; valid: all, bert-base, gpt2, "),
+        ("no_such_package:make", "no_such_package is not installed"),
+        ("small:missing", "small:missing: module 'small' has no attribute 'missing'"),
+        ("small:nothing", "small:nothing gives NoneType, not a torch.nn.Module"),
+        ("small:fails", "small:fails cannot be counted: "),
+    ],
+)
+def test_wrong_model_is_one_line(tmp_path, model, message):
+    """A model that is not there, or cannot be run: one line that says why, status 2."""
+    (tmp_path / "small.py").write_text(SMALL)
+    command = ["-m", "lpln_autopatch", "bench", "count", "--models", model]
+    result = run_python(*command, check=False, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert message in line
+
+
+def operators_of(lists: object) -> list[tuple]:
+    """PyTorch's own tests of CUDA's lists: where, name, arguments, and the dtype of the result."""
+    cases = []
+    for attribute, dtype in [
+        ("torch_fp16", None),
+        ("nn_fp16", None),
+        ("methods_fp16", None),
+        ("torch_fp32", FP32),
+        ("nn_fp32", FP32),
+        ("methods_fp32", FP32),
+        ("torch_need_autocast_promote", FP32),
+    ]:
+        for name, *rest in getattr(lists, attribute):
+            if name != "einsum":  # its entry is no call: the equation is of other tensors
+                kwargs = rest[1] if len(rest) > 1 and isinstance(rest[1], dict) else {}
+                cases.append((attribute, name, rest[0], kwargs, dtype))
+    return cases
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_policy_is_that_of_cudas_lists(dtype):
+    """Every operator that PyTorch tests under CUDA's autocast gives the same dtype here."""
+    from torch.testing._internal.autocast_test_lists import AutocastTestLists
+
+    from lpln_autopatch.bench.policy import policy
+
+    torch.manual_seed(0)
+    ran = set()
+    with policy("cpu"), torch.autocast("cpu", dtype=dtype):
+        for where, name, arguments, kwargs, expected in operators_of(AutocastTestLists("cpu")):
+            owner = torch.nn.functional if where.startswith("nn") else torch
+            if where.startswith("nn") and not hasattr(owner, name):
+                owner = torch._C._nn
+            owner, arguments = (
+                (arguments[0], arguments[1:]) if where.startswith("methods") else (owner, arguments)
+            )
+            with contextlib.suppress(NotImplementedError):  # no kernel on CPU
+                result = getattr(owner, name)(*arguments, **kwargs)
+                result = result if isinstance(result, torch.Tensor) else result[0]
+                assert result.dtype is (expected or dtype), f"{where}: {name}"
+                ran.add(name)
+    assert len(ran) > 80, ran
+
+
+def test_policy_leaves_the_cpus_as_it_was():
+    """Inside, LayerNorm gives float32 as on CUDA; afterwards bfloat16 again, as on CPU."""
+    from lpln_autopatch.bench.policy import policy
+
+    norm, x = torch.nn.LayerNorm(8), torch.randn(4, 8, dtype=BF16)
+    with torch.autocast("cpu", dtype=BF16):
+        assert norm(x).dtype is BF16
+        with policy("cpu"):
+            assert norm(x).dtype is FP32
+            assert torch.nn.functional.softmax(x, -1).dtype is FP32
+        assert norm(x).dtype is BF16
+
+
+def test_weights_are_cast_once_in_a_region():
+    """As autocast's own cache: one cast for all uses, dropped at the end of the region."""
+    from lpln_autopatch.bench.policy import policy
+
+    linear, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
+    with policy("cpu") as cuda:
+        with torch.autocast("cpu", dtype=BF16):
+            linear(linear(x))
+            assert len(cuda._casts) == 2  # weight, bias
+            before = {key: cast for key, (_, cast) in cuda._casts.items()}
+            linear(x)
+            assert all(cuda._casts[key][1] is cast for key, cast in before.items())
+        assert not cuda._casts
+
+
+KEPT = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+from lpln_autopatch.bench import counting, emulated
+from lpln_autopatch.bench.policy import policy
+from lpln_autopatch.bench.recipe import ComposerRecipe
+from lpln_autopatch.bench.rivals import Contender
+
+def block():
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True)
+    return torch.nn.Sequential(torch.nn.Linear(16, 32), layer, torch.nn.LayerNorm(32))
+
+def kept(contender, device, policy):
+    x = torch.randn(2, 8, 16, device=device)
+    model = block()
+    if device != "cpu":
+        emulated.move(model)
+    def forward():
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return model(x).float().square().mean()
+    with contender.applied(model):
+        return counting.count(forward, model, policy, [x]).kept
+
+for contender in (Contender("stock"), Contender("recipe", lambda: ComposerRecipe)):
+    with emulated.accelerator() as accelerator:
+        counted = kept(contender, emulated.NAME, accelerator)
+    with policy("cpu") as cpu:
+        real = kept(contender, "cpu", cpu)
+    print(real, counted)
+"""
+
+
+def test_kept_bytes_are_those_of_real_training(tmp_path):
+    """What is counted on the emulated accelerator is what training on the CPU keeps."""
+    printed = run_python("-c", KEPT.format(folder=str(tmp_path))).stdout
+    pairs = [tuple(map(int, line.split())) for line in printed.splitlines()]
+    (stock, counted_stock), (recipe, counted_recipe) = pairs
+    random_state = 24  # of the flash kernel; the CPU's has none
+    # 16 rows in three norms: CUDA keeps mean and 1 / std in float32, the CPU for a bfloat16 x not.
+    statistics = 16 * 3 * 2 * 2
+    assert counted_stock == stock + random_state
+    assert counted_recipe == recipe + random_state + statistics
+    assert counted_recipe < counted_stock
