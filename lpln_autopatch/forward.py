@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from lpln_autopatch import exemption
-from lpln_autopatch.backends import Backend, native
+from lpln_autopatch.backends import Backend, lean, native
 from lpln_autopatch.precision import NoEffectWarning
 from lpln_autopatch.torch_compat import (
     autocast_dtype,
@@ -99,7 +99,10 @@ def run_backend(
 
     No graph gets an autocast region: with one, torch 2.13's AOTAutograd cache is bypassed.
     """
-    backend = native.normalise_in_float32 if is_compiling() else lowering.backend
+    backend = lowering.backend
+    if is_compiling():
+        is_lean = backend is lean.normalise and is_dynamo_compiling()
+        backend = lean.compiled.normalise if is_lean else native.normalise_in_float32
     return backend(x, normalized_shape, weight, bias, eps, dtype)
 
 
