@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lpln_autopatch.backends import native
+from lpln_autopatch.backends.lean import compiled as compiled
 from lpln_autopatch.backends.lean import recovery
 from lpln_autopatch.torch_compat import (
     TORCH_VERSION,
