@@ -149,7 +149,7 @@ def test_parameters_may_be_missing(weighted, biased):
     dy = torch.randn(8, 6, 5).transpose(0, 2).to(BF16)
     got, expected = (
         torch.autograd.grad(f(x, (6, 8), weight, bias, 1e-5, BF16), wanted, dy)
-        for f in (lean.normalise, native.normalise_in_float32)
+        for f in (lean.normalise, native.normalise)
     )
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g, e, rtol=0.02, atol=0.02)
@@ -722,7 +722,9 @@ def test_compiled_second_derivatives_are_natives(how, monkeypatch):
     with low_precision_layernorm("bf16", backend="lean"), autocast():
         if how == "torch.func":
             compiled = torch.compile(hessian, backend="aot_eager", fullgraph=True)
-            torch.testing.assert_close(compiled(x.detach()), hessian(x.detach()))
+            with low_precision_layernorm("bf16", backend="native"):
+                expected = compiled(x.detach())
+            assert torch.equal(compiled(x.detach()), expected)
         elif how == "export":
             exported = torch.export.export(torch.nn.Sequential(norm), (x,), strict=True)
             assert "layer_norm" in str(exported.graph)
