@@ -204,7 +204,7 @@ def devices() -> list[str]:
 
 
 def forget_compiled_code() -> None:
-    """Have torch.compile begin anew. until torch 2.1: there is no public way, and nothing happens."""
+    """Have torch.compile begin anew. until torch 2.1: there is no public way, none is taken."""
     if TORCH_VERSION >= (2, 1):
         torch.compiler.reset()
 
