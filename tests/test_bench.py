@@ -23,7 +23,7 @@ from lpln_autopatch.bench.recipe import ComposerRecipe
 from lpln_autopatch.bench.results import Row, table
 from lpln_autopatch.bench.rivals import Contender, Stock
 from lpln_autopatch.bench.timing import Entry, Quartiles, WrongResult
-from lpln_autopatch.torch_compat import CPU_TAKES_MIXED_DTYPES, TORCH_VERSION
+from lpln_autopatch.torch_compat import CAN_COUNT, CPU_TAKES_MIXED_DTYPES, TORCH_VERSION
 
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -210,6 +210,20 @@ def test_loss_is_compared_over_seeds(tmp_path):
         assert row["figures"]["final loss"] < 5.0  # 5.55 = ln 256 untrained
         assert row["figures"]["spread of seeds"] > 0
     assert png(plot)
+
+
+@pytest.mark.skipif(not CAN_COUNT, reason="CUDA's lists are in torch 2.13; CI runs this there")
+def test_loss_under_cudas_policy_compares_every_arithmetic(tmp_path):
+    """float32, stock and ours train on text and digits; stock leaks float32 as it does on CUDA."""
+    _, written = bench(tmp_path, "loss", "--policy", "cuda")
+    ours = ["lowered (native)", "lowered (fused)", "lowered (lean)"]
+    assert contenders(written["loss"], measured=True) == [["float32", "stock", *ours]] * 3
+    for row in written["loss"]:
+        low = row["case"]["autocast"] if row["contender"] in ours else "float32"
+        assert row["figures"]["gives"] == low
+        assert row["figures"]["gradient norm"] > 0
+        assert row["figures"]["95 % +-"] >= 0
+        assert (row["figures"]["minus stock"] == 0) == (row["contender"] == "stock")
 
 
 def run_contender(contender: Contender) -> tuple[dict, dict]:
@@ -437,6 +451,8 @@ def test_table_lists_the_absent_once():
         (["call", "--json", "no/such/folder/x.json"], "there is no such folder"),
         (["call", "--json", "x.png", "--plot", "x.png"], "need a file each"),
         (["call", "--plot", "x.txt"], "ends in .png"),
+        (["call", "--policy", "cuda"], "--policy is for loss alone"),
+        (["model", "--models", "toast"], "--models: other models than bert, gpt2 and vit"),
         (["kernel", "--graph", "--device", "cpu"], "only a CUDA device has graphs"),
     ],
 )

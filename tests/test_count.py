@@ -81,6 +81,15 @@ def test_two_runs_print_the_same(tmp_path):
     assert count(tmp_path, "--models", "small:make") == count(tmp_path, "--models", "small:make")
 
 
+def test_compiled_is_counted_from_its_graphs(tmp_path):
+    """One graph forward and one backward; lowered hands less from one to the other than stock."""
+    _, figures = count(tmp_path, "--models", "small:make", "--modes", "compiled")
+    assert {f["graphs"] for f in figures.values()} == {2}
+    assert all(f["kernels"] > 4 and f["moved"] > 0 for f in figures.values())
+    # x, the norm's input and output in two bytes, the statistics; nothing else is needed.
+    assert figures["recipe"]["kept"] <= figures["stock"]["kept"]
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

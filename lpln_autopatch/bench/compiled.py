@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lpln_autopatch.bench import emulated, zoo
+from lpln_autopatch.bench.batches import loss_of
 from lpln_autopatch.bench.policy import policy
 
 
@@ -62,7 +63,7 @@ def count(entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype) -> Count
         emulated.move(model, "cpu")
         batch = entry.batch_on(model, "cpu")
         with torch.autocast("cpu", dtype=dtype):
-            loss = zoo.loss_of(torch.compile(model, backend=backend)(**batch))
+            loss = loss_of(torch.compile(model, backend=backend)(**batch))
         torch.autograd.backward(loss)
         model.zero_grad()
     return counts

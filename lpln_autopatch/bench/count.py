@@ -14,6 +14,7 @@ import torch
 
 from lpln_autopatch import backends
 from lpln_autopatch.bench import compiled, counting, emulated, zoo
+from lpln_autopatch.bench.batches import loss_of
 from lpln_autopatch.bench.options import Options
 from lpln_autopatch.bench.policy import MissingPart
 from lpln_autopatch.bench.recipe import ComposerRecipe
@@ -108,7 +109,7 @@ def _eager(entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype) -> coun
 
         def forward() -> torch.Tensor:
             with torch.autocast(emulated.NAME, dtype=dtype):
-                return zoo.loss_of(model(**batch))
+                return loss_of(model(**batch))
 
         return counting.count(forward, model, policy, batch)
 

@@ -10,10 +10,12 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from lpln_autopatch.backends import lean
 from lpln_autopatch.bench.policy import MissingPart, Policy, policy
 
 NAME = "emulated"
@@ -130,7 +132,7 @@ def accelerator() -> Iterator[Policy]:
     Raises:
         MissingPart: this torch cannot.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     add_device()
     new: Any = torch.library.Library
@@ -138,7 +140,16 @@ def accelerator() -> Iterator[Policy]:
     library.impl("scaled_dot_product_attention", _attention)
     library.impl("rms_norm", _rms_norm)
     try:
-        with policy(NAME) as chosen, FakeTensorMode(allow_non_fake_inputs=True):
+        # lean as on CUDA, with weights from which the input can be recovered, as those of a new
+        # model can: here nothing can be read to count them.
+        plain = (*lean._PLAIN, FakeTensor)
+        with (
+            mock.patch.object(lean, "_PLAIN", plain),
+            mock.patch.object(lean.recovery, "countable", lambda weight: weight),
+            mock.patch.object(lean.recovery, "_are_few", return_value=True),
+            policy(NAME) as chosen,
+            FakeTensorMode(allow_non_fake_inputs=True),
+        ):
             yield chosen
     finally:
         library._destroy()

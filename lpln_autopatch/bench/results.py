@@ -126,7 +126,12 @@ def plot(file: Path, heading: str, suites: Mapping[str, list[Row]]) -> None:
     grid = figure.subplots(len(suites), squeeze=False, height_ratios=heights)
     for (name, rows), axes in zip(suites.items(), grid[:, 0], strict=True):
         axes.set_title(name)
-        (_draw_curves if any(row.curves for row in rows) else _draw_ratios)(axes, rows)
+        if any(row.curves for row in rows):
+            _draw_curves(axes, rows)
+        elif any("kept / stock" in row.figures for row in rows):
+            _draw_counts(axes, rows)
+        else:
+            _draw_ratios(axes, rows)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     figure.savefig(file, format="png")
@@ -153,6 +158,25 @@ def _draw_ratios(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_yticks(range(len(titles)), [labels[title] for title in titles], fontsize="small")
     axes.invert_yaxis()
     axes.set_xlabel(f"time / stock's: left is faster{constant and f' ({constant})'}")
+
+
+def _draw_counts(axes: Any, rows: Sequence[Row]) -> None:
+    counted = [row for row in rows if "kept / stock" in row.figures]
+    titles = list(dict.fromkeys(row.title for row in counted))
+    contenders = dict.fromkeys(row.contender for row in counted if row.contender != "stock")
+    for what, marker in (("kept / stock", "o"), ("moved / stock", "x")):
+        for color, contender in enumerate(contenders):
+            own = [row for row in counted if row.contender == contender]
+            places = [titles.index(row.title) for row in own]
+            label = f"{contender}, {what}"
+            axes.plot(
+                [row.figures[what] for row in own], places, marker, color=f"C{color}", label=label
+            )
+    axes.axvline(1, color="grey", linewidth=1)
+    labels = {row.title: f"{row.case['model']}, {row.case['mode']}" for row in counted}
+    axes.set_yticks(range(len(titles)), [labels[title] for title in titles], fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlabel("bytes / stock's: left is less")
 
 
 def _what_differs(rows: Sequence[Row]) -> tuple[str, dict[str, str]]:

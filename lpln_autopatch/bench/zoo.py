@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+
+from lpln_autopatch.bench.batches import batch_of
 
 
 class WrongModel(Exception):
@@ -65,7 +66,7 @@ class Entry:
 
     def batch_on(self, model: torch.nn.Module, device: str) -> dict[str, Any]:
         """What the forward of `model` takes, by the names of its arguments, on `device`."""
-        make = getattr(model, "make_batch", _batch)
+        make = getattr(model, "make_batch", batch_of)
         batch: dict[str, Any] = make(model, self.batch, self.length, device)
         return batch
 
@@ -86,42 +87,6 @@ def _of_transformers(name: str, config: Mapping[str, Any]) -> torch.nn.Module:
             model: torch.nn.Module = auto.from_config(configuration)
             return model
     raise WrongModel(f"transformers:{name} belongs to no model that can be made from it alone")
-
-
-def _batch(model: Any, items: int, length: int, device: str) -> dict[str, Any]:
-    def integers(*shape: int) -> torch.Tensor:
-        return torch.randint(2, shape, device=device)
-
-    def numbers(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device)
-
-    config = getattr(model, "config", None)
-    if config is None:  # timm's
-        argument = next(iter(inspect.signature(model.forward).parameters))
-        return {argument: numbers(items, *model.pretrained_cfg["input_size"])}
-    vision: Any = getattr(config, "vision_config", config)
-    side: Any = getattr(vision, "image_size", None)
-    images: Any = (items, getattr(vision, "num_channels", 3), side, side)
-    if vision is not config:  # CLIP's
-        tokens = integers(items, config.text_config.max_position_embeddings)
-        return {"input_ids": tokens, "pixel_values": numbers(*images), "return_loss": True}
-    if model.main_input_name == "pixel_values":
-        return {"pixel_values": numbers(*images), "labels": integers(items)}
-    if model.main_input_name == "input_features":  # Whisper's: 30 s
-        sound = numbers(items, config.num_mel_bins, 2 * config.max_source_positions)
-        return {"input_features": sound, "labels": integers(items, length)}
-    return {"input_ids": integers(items, length), "labels": integers(items, length)}
-
-
-def loss_of(output: Any) -> torch.Tensor:
-    """The loss that a model gives, or that of what it gives: of classes, or of a regression."""
-    loss: torch.Tensor | None = getattr(output, "loss", None)
-    if loss is not None:
-        return loss
-    y = output if isinstance(output, torch.Tensor) else output[0]
-    if y.ndim == 2:
-        return F.cross_entropy(y, torch.zeros(len(y), dtype=torch.long, device=y.device))
-    return F.mse_loss(y, torch.zeros_like(y))
 
 
 def llama(**config: Any) -> torch.nn.Module:
