@@ -1,7 +1,8 @@
 """One Triton kernel forward, and one pass over x and dy backward.
 
 x is read once in its own dtype, y is written once in the autocast dtype; nothing is cast outside
-of the kernels, and x itself is what is saved for backward, with two float32 for each row.
+of the kernels. A low-precision x itself is what is saved for backward, with two float32 for each
+row; for a float32 x that is xhat = (x - mean) / std in the autocast dtype, half the bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lpln_autopatch.backends import native
+from lpln_autopatch.backends.stand_in import in_place_of, stand_in_for
 from lpln_autopatch.torch_compat import (
     TORCH_VERSION,
     forward_mode_is_on,
@@ -70,8 +72,9 @@ def normalise(
 ) -> torch.Tensor:
     """Normalise `x` in one kernel where it can, natively elsewhere: `_takes` has the rule.
 
-    Nothing but the output is rounded: it is the float32 result, rounded once. Arguments and
-    result are those of `lpln_autopatch.backends.Backend`.
+    Nothing but the output is rounded: it is the float32 result, rounded once. The gradients of a
+    float32 x and of weight are computed from xhat rounded to `dtype`. Arguments and result are
+    those of `lpln_autopatch.backends.Backend`.
     """
     shape = tuple(normalized_shape)
     if not _takes(x, shape, weight, bias):
@@ -80,9 +83,12 @@ def normalise(
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias)
     ):
-        y = _FusedLayerNorm.apply(x, len(shape), weight, bias, eps, dtype)  # type: ignore[no-untyped-call]
+        keeps_xhat = x.dtype is torch.float32 and dtype is not torch.float32
+        stand_in = stand_in_for(x) if keeps_xhat else None
+        arguments = (x, stand_in, keeps_xhat, len(shape), weight, bias, eps, dtype)
+        y = _FusedLayerNorm.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
-        y = _launch().forward(x, len(shape), weight, bias, eps, dtype, None)
+        y = _launch().forward(x, len(shape), weight, bias, eps, dtype, None, None)
     return y
 
 
@@ -145,6 +151,8 @@ class _FusedLayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
+        stand_in: torch.Tensor | None,
+        keeps_xhat: bool,
         n_dims: int,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
@@ -152,16 +160,19 @@ class _FusedLayerNorm(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         statistics = x.new_empty((2, x.shape[:-n_dims].numel()), dtype=torch.float32)
-        ctx.save_for_backward(x, weight, bias, statistics)
-        ctx.n_dims = n_dims
-        y: torch.Tensor = _launch().forward(x, n_dims, weight, bias, eps, dtype, statistics)
+        xhat = None
+        if keeps_xhat:
+            xhat = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        y: torch.Tensor = _launch().forward(x, n_dims, weight, bias, eps, dtype, statistics, xhat)
+        ctx.save_for_backward(x if xhat is None else xhat, weight, bias, statistics)
+        ctx.n_dims, ctx.is_xhat, ctx.stand_in = n_dims, keeps_xhat, stand_in
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias, statistics = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-        arguments = (dy, x, ctx.n_dims, weight, bias, statistics, wanted)
+        wanted = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
+        arguments = (dy, x, ctx.n_dims, weight, bias, statistics, wanted, ctx.is_xhat)
         # With create_graph, what comes out is differentiated again.
         differentiated = torch.is_grad_enabled() or forward_mode_is_on()
         # What hooks on saved tensors give back may be anything of the right shape.
@@ -172,10 +183,10 @@ class _FusedLayerNorm(torch.autograd.Function):
             or not (weight is None or weight.is_contiguous())
             or not statistics.is_contiguous()
         ):
-            dx, dweight, dbias = _backward_natively(*arguments)
+            dx, dweight, dbias = _backward_natively(*arguments, ctx.stand_in)
         else:
             dx, dweight, dbias = _launch().backward(*arguments)
-        return dx, None, dweight, dbias, None, None
+        return dx, None, None, None, dweight, dbias, None, None
 
 
 def _backward_natively(
@@ -186,10 +197,15 @@ def _backward_natively(
     bias: torch.Tensor | None,
     statistics: torch.Tensor,
     wanted: Sequence[bool],
+    is_xhat: bool,
+    stand_in: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
     """`launch.backward` in operators of PyTorch's, which know their own derivatives."""
     shape = x.shape[-n_dims:]
     mean, rstd = statistics.view(2, *x.shape[:-n_dims], *[1] * n_dims)
+    dtype_of_x = torch.float32 if is_xhat else x.dtype
+    if is_xhat:  # x, but for its mean, on which no derivative depends
+        x, mean = in_place_of(stand_in, x / rstd), torch.zeros_like(mean)
     # Ones for no weight: with a bias alone PyTorch's own double backward fails (2.13, 2.15).
     scale = statistics.new_ones(shape) if weight is None else weight.float()
     gradients = torch.ops.aten.native_layer_norm_backward(
@@ -202,9 +218,10 @@ def _backward_natively(
         bias if bias is None else bias.float(),
         wanted,
     )
+    dtypes = (dtype_of_x, *(p if p is None else p.dtype for p in (weight, bias)))
     return tuple(
-        None if gradient is None or of is None else gradient.to(dtype=of.dtype)
-        for gradient, of in zip(gradients, (x, weight, bias), strict=True)
+        None if gradient is None or dtype is None else gradient.to(dtype=dtype)
+        for gradient, dtype in zip(gradients, dtypes, strict=True)
     )
 
 

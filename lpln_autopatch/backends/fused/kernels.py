@@ -1,13 +1,13 @@
 """The Triton kernels of the backend "fused".
 
 Each works on tiles of ROWS rows. Where a row fits into one block, a tile is held in registers from
-its one read to its one write; the `_looped` kernels go over a longer row in blocks, twice. x,
-weight, bias and dy are read in their own dtypes, computed with in float32, and rounded once, on
-writing.
+its one read to its one write; the `_looped` kernels go over a longer row in blocks, twice. All is
+read in its own dtype, computed with in float32, and rounded once, on writing.
 
 Arguments that several kernels share:
     M, N: Rows, and features in each.
     statistics: float32, shape (2, M): mean, and 1 / sqrt(variance + eps).
+    kept: xhat = (x - mean) / sqrt(variance + eps), rounded: backward takes it for x if IS_XHAT.
     *_inner, *_outer_stride, *_inner_stride: row r begins at element
         (r // inner) * outer_stride + (r % inner) * inner_stride.
     partials: float32, shape (2, programs, N): what each program has summed up of dweight and dbias.
@@ -27,8 +27,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def _rows(first, ROWS: tl.constexpr):
-    # 64 bits: a tensor may have more than 2**31 elements.
+def _rows(first, ROWS: tl.constexpr):  # 64 bits: a tensor may have more than 2**31 elements
     return (first + tl.arange(0, ROWS)).to(tl.int64)
 
 
@@ -73,7 +72,7 @@ def _store_statistics(statistics, mean, rstd, rows, M):
 # M changes from batch to batch: no compilation for each kind of number that it may be.
 @triton.jit(do_not_specialize=["M"])
 def layer_norm_forward(
-    x, weight, bias, y, statistics,
+    x, weight, bias, y, statistics, kept,
     M, N, eps, x_inner, x_outer_stride, x_inner_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -87,12 +86,15 @@ def layer_norm_forward(
     _store_statistics(statistics, mean, rstd, rows, M)
     scale = _load_parameter(weight, columns, N, 1.0)
     shift = _load_parameter(bias, columns, N, 0.0)
-    _store(y, centred * rstd[:, None] * scale + shift, rows, columns, mask, N)
+    xhat = centred * rstd[:, None]
+    _store(y, xhat * scale + shift, rows, columns, mask, N)
+    if kept is not None:
+        _store(kept, xhat, rows, columns, mask, N)
 
 
 @triton.jit(do_not_specialize=["M"])
 def layer_norm_forward_looped(
-    x, weight, bias, y, statistics,
+    x, weight, bias, y, statistics, kept,
     M, N, eps, x_inner, x_outer_stride, x_inner_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -121,15 +123,19 @@ def layer_norm_forward_looped(
         shift = _load_parameter(bias, columns, N, 0.0)
         xhat = (value - mean[:, None]) * rstd[:, None]
         _store(y, xhat * scale + shift, rows, columns, mask, N)
+        if kept is not None:
+            _store(kept, xhat, rows, columns, mask, N)
 
 
 @triton.jit
 def _load_xhat_and_gradient(
     x, dy, mean, rstd, rows, columns, mask,
-    x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
+    x_inner, x_outer_stride, x_inner_stride,
+    dy_inner, dy_outer_stride, dy_inner_stride, IS_XHAT: tl.constexpr,
 ):  # fmt: skip
-    value = _load(x, rows, columns, mask, x_inner, x_outer_stride, x_inner_stride)
-    xhat = (value - mean[:, None]) * rstd[:, None]
+    xhat = _load(x, rows, columns, mask, x_inner, x_outer_stride, x_inner_stride)
+    if not IS_XHAT:
+        xhat = (xhat - mean[:, None]) * rstd[:, None]
     return xhat, _load(dy, rows, columns, mask, dy_inner, dy_outer_stride, dy_inner_stride)
 
 
@@ -137,7 +143,7 @@ def _load_xhat_and_gradient(
 def layer_norm_backward(
     x, weight, dy, statistics, dx, partials,
     M, N, x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, IS_XHAT: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     scale = _load_parameter(weight, columns, N, 1.0)
@@ -151,7 +157,8 @@ def layer_norm_backward(
         rstd = tl.load(statistics + M + rows, rows < M, 0.0)
         xhat, upstream = _load_xhat_and_gradient(
             x, dy, mean, rstd, rows, columns, mask,
-            x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
+            x_inner, x_outer_stride, x_inner_stride,
+            dy_inner, dy_outer_stride, dy_inner_stride, IS_XHAT,
         )  # fmt: skip
         if dx is not None:
             dxhat = upstream * scale
@@ -172,7 +179,7 @@ def layer_norm_backward(
 def layer_norm_backward_looped(
     x, weight, dy, statistics, dx, partials,
     M, N, x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, IS_XHAT: tl.constexpr,
 ):  # fmt: skip
     begin_of_rows = tl.program_id(0).to(tl.int64) * ROWS
     for first in range(begin_of_rows, M, tl.num_programs(0) * ROWS):
@@ -188,7 +195,7 @@ def layer_norm_backward_looped(
                 xhat, upstream = _load_xhat_and_gradient(
                     x, dy, mean, rstd, rows, columns, mask,
                     x_inner, x_outer_stride, x_inner_stride,
-                    dy_inner, dy_outer_stride, dy_inner_stride,
+                    dy_inner, dy_outer_stride, dy_inner_stride, IS_XHAT,
                 )  # fmt: skip
                 dxhat = upstream * _load_parameter(weight, columns, N, 1.0)
                 along_xhat += tl.sum(xhat * dxhat, 1) / N
@@ -199,14 +206,13 @@ def layer_norm_backward_looped(
             xhat, upstream = _load_xhat_and_gradient(
                 x, dy, mean, rstd, rows, columns, mask,
                 x_inner, x_outer_stride, x_inner_stride,
-                dy_inner, dy_outer_stride, dy_inner_stride,
+                dy_inner, dy_outer_stride, dy_inner_stride, IS_XHAT,
             )  # fmt: skip
             if dx is not None:
                 dxhat = upstream * _load_parameter(weight, columns, N, 1.0)
                 value = dxhat - xhat * along_xhat[:, None] - along_ones[:, None]
                 _store(dx, value * rstd[:, None], rows, columns, mask, N)
-            if partials is not None:
-                # A row is too long to sum up in registers.
+            if partials is not None:  # a row is too long to sum up in registers
                 own = partials + tl.program_id(0) * N + columns
                 filled = (columns < N) & (tl.full((BLOCK,), first, tl.int64) > begin_of_rows)
                 dweight = tl.sum(upstream * xhat, 0) + tl.load(own, filled, 0.0)

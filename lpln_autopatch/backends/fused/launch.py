@@ -35,6 +35,7 @@ def forward(
     eps: float,
     dtype: torch.dtype,
     statistics: torch.Tensor | None,
+    kept: torch.Tensor | None,
 ) -> torch.Tensor:
     """Normalise `x` over its last `n_dims` dimensions.
 
@@ -47,6 +48,8 @@ def forward(
         dtype: That of the result.
         statistics: Where to write mean and 1 / sqrt(variance + eps) of the M rows, float32, shape
             (2, M), or None.
+        kept: Where to write xhat = (x - mean) / sqrt(variance + eps), of the shape of `x`,
+            contiguous, or None.
 
     Returns:
         Tensor of the shape of `x`, contiguous, in `dtype`.
@@ -63,6 +66,7 @@ def forward(
             bias,
             y,
             statistics,
+            kept,
             m,
             n,
             eps,
@@ -83,11 +87,13 @@ def backward(
     bias: torch.Tensor | None,
     statistics: torch.Tensor,
     wanted: Sequence[bool],
+    is_xhat: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of x, weight and bias, of those that are `wanted`, each in its own dtype.
 
     `dy` is the gradient of the result of `forward`, of any dtype and strides; the other arguments
-    are those of `forward`, which has written `statistics`.
+    are those of `forward`, which has written `statistics`. If `is_xhat`, x was float32, and in its
+    place is what `forward` has written as `kept`.
     """
     m, n = statistics.shape[1], x.shape[-n_dims:].numel()
     processors = _multiprocessors(x.device)
@@ -95,7 +101,10 @@ def backward(
     if m < rows * processors:
         rows = 1
     programs = min(-(-m // rows), processors * max(1, _WARPS_PER_MULTIPROCESSOR // warps))
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None
+    dx = None
+    if wanted[0]:
+        dtype = torch.float32 if is_xhat else x.dtype
+        dx = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     dweight = torch.empty_like(weight) if weight is not None and wanted[1] else None
     dbias = torch.empty_like(bias) if bias is not None and wanted[2] else None
     partials = None
@@ -107,7 +116,7 @@ def backward(
     with _on_device_of(x):
         kernel[(programs,)](
             x, weight, dy, statistics, dx, partials, m, n, *x_layout, *dy_layout, rows, block,
-            _STAGES, num_warps=warps, **_OPTIONS,
+            _STAGES, is_xhat, num_warps=warps, **_OPTIONS,
         )  # fmt: skip
         if partials is not None:
             kernels.layer_norm_reduce[(-(-n // _REDUCED[1]), 2)](

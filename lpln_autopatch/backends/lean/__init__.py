@@ -12,6 +12,7 @@ import torch
 from lpln_autopatch.backends import native
 from lpln_autopatch.backends.lean import compiled as compiled
 from lpln_autopatch.backends.lean import recovery
+from lpln_autopatch.backends.stand_in import in_place_of, stand_in_for
 from lpln_autopatch.torch_compat import (
     TORCH_VERSION,
     autocast_disabled,
@@ -61,8 +62,8 @@ def normalise(
         return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
     tensors = [t for t in (x, weight, bias) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        stand_in = _StandIn.apply(x) if x.requires_grad else None  # type: ignore[no-untyped-call]
-        y: torch.Tensor = _LeanLayerNorm.apply(x, stand_in, shape, weight, bias, eps, dtype)  # type: ignore[no-untyped-call]
+        arguments = (x, stand_in_for(x), shape, weight, bias, eps, dtype)
+        y: torch.Tensor = _LeanLayerNorm.apply(*arguments)  # type: ignore[no-untyped-call]
         return y
     return _normalise(x, shape, weight, bias, eps, dtype).y
 
@@ -145,8 +146,7 @@ class _LeanLayerNorm(torch.autograd.Function):
         with torch.no_grad():
             x = recovery.recover(*kept).div_(rstd)
         # With create_graph, what comes out is differentiated again.
-        if torch.is_grad_enabled() and ctx.stand_in is not None:
-            x = _InPlaceOf.apply(x, ctx.stand_in)  # type: ignore[no-untyped-call]
+        x = in_place_of(ctx.stand_in, x)
         # Ones for no weight: with a bias alone PyTorch's own double backward fails (2.13).
         scale = rstd.new_ones(ctx.shape) if weight is None else weight.float()
         gradients = torch.ops.aten.native_layer_norm_backward(
@@ -166,33 +166,6 @@ class _LeanLayerNorm(torch.autograd.Function):
         return dx, None, None, dweight, dbias, None, None
 
 
-class _StandIn(torch.autograd.Function):
-    """What stands for x in the graph of a second derivative: its shape, in four bytes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.dtype = x.dtype
-        ctx.set_materialize_grads(False)  # in a first derivative it has none: no zeros, no sum
-        return torch.zeros((), device=x.device).expand(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor | None) -> torch.Tensor | None:
-        return None if gradient is None else gradient.to(dtype=ctx.dtype)
-
-
-class _InPlaceOf(torch.autograd.Function):
-    """The values of `x`, whose gradient goes to `stand_in`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, stand_in: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, gradient
-
-
 # Dynamo is not to look for graphs in any of this: code that it compiles takes another way.
 never_a_frame_of_its_own(normalise, nor_what_it_calls=True)
-for _function in (_LeanLayerNorm.backward, _StandIn.backward, _InPlaceOf.backward):
-    never_a_frame_of_its_own(_function, nor_what_it_calls=True)
+never_a_frame_of_its_own(_LeanLayerNorm.backward, nor_what_it_calls=True)
