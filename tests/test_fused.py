@@ -666,7 +666,8 @@ COMPILE = textwrap.dedent(
 
     TYPES = dict(
         x="*bf16", weight="*fp32", bias="*fp64", y="*bf16", dy="*bf16", dx="*bf16",
-        kept="*bf16", statistics="*fp32", partials="*fp32", dweight="*fp32", dbias="*fp64", eps="fp32",
+        kept="*bf16", statistics="*fp32", partials="*fp32", dweight="*fp32", dbias="*fp64",
+        eps="fp32",
     )
 
     def compile(name, warps, **constants):
