@@ -39,8 +39,8 @@ help:
 # after the other, compare none.
 demo: $(RUNS)
 	$(DEMO)/bin/pip install --quiet transformers $(TORCH)
-	$(DEMO)/bin/python $(EXAMPLE) --steps 60 > $(DEMO)/stock.tsv
-	LPLN_PRECISION=amp $(DEMO)/bin/python $(EXAMPLE) --steps 60 > $(DEMO)/lowered.tsv
+	$(DEMO)/bin/python $(EXAMPLE) --steps 30 > $(DEMO)/stock.tsv
+	LPLN_PRECISION=amp $(DEMO)/bin/python $(EXAMPLE) --steps 30 > $(DEMO)/lowered.tsv
 	@printf '\nfigure\tstock\t\tLPLN_PRECISION=amp\n' > $(DEMO)/demo.tsv
 	@paste $(DEMO)/stock.tsv $(DEMO)/lowered.tsv | grep -v 'per second' >> $(DEMO)/demo.tsv
 	@awk -F '\t' '{ printf "%-38s %-18s %s\n", $$1, $$2, $$4 }' $(DEMO)/demo.tsv
