@@ -27,7 +27,7 @@ help:
 	  'make docs             the site, in build/site: MkDocs, 0.1 GB more' \
 	  'make dist             the files of a release, in dist: build and twine, 0.03 GB more' \
 	  'make test-fused       the Triton kernels, in its interpreter: Triton, 1 GB more' \
-	  'make test-composer    with MosaicML Composer: 0.2 GB more' \
+	  'make test-composer    with MosaicML Composer' \
 	  'make test-frameworks  with transformers, Accelerate, Lightning, timm: 0.1 GB more' \
 	  'make clean            remove every environment, build and dist' \
 	  '' \

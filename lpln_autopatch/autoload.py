@@ -55,6 +55,10 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
     try:
         from lpln_autopatch.activation import enable_from
 
+        if os.environ.get("LPLN_EXEMPT"):
+            from lpln_autopatch.exempt_by_name import ByName
+
+            ByName(os.environ["LPLN_EXEMPT"]).install()
         enable_from(os.environ[_VARIABLE], "auto", None, "environment", _VARIABLE)
     except Exception as error:
         reason = (str(error) or repr(error)).rstrip(".")

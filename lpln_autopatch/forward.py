@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from lpln_autopatch import exemption
-from lpln_autopatch.backends import Backend, native
+from lpln_autopatch.backends import Backend, lean, native
 from lpln_autopatch.precision import NoEffectWarning
 from lpln_autopatch.torch_compat import (
     autocast_dtype,
@@ -96,9 +96,15 @@ def run_backend(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Normalise `x` in `dtype`: by the backend in eager mode, natively where code is compiled."""
-    backend = native.normalise if is_compiling() else lowering.backend
-    return backend(x, normalized_shape, weight, bias, eps, dtype)
+    """Normalise `x` in `dtype`: by the backend in eager mode, natively where code is compiled.
+
+    Of the backends lean alone says what compiled code keeps.
+    """
+    if not is_compiling():
+        return lowering.backend(x, normalized_shape, weight, bias, eps, dtype)
+    if lowering.backend is lean.normalise and is_dynamo_compiling():
+        return lean.compiled.normalise(x, normalized_shape, weight, bias, eps, dtype)
+    return native.lower(torch.layer_norm, x, normalized_shape, weight, bias, eps, dtype)
 
 
 _logger = logging.getLogger("lpln_autopatch")

@@ -173,6 +173,18 @@ def every_module_hooked(enter: Callable[..., None], leave: Callable[..., None]) 
         yield
 
 
+def on_module_registration(hook: Callable[..., None]) -> Any:
+    """Call `hook(parent, name, module)` when a module becomes part of another; gives a handle.
+
+    Raises:
+        ImportError: until torch 2.0 modules do not tell.
+    """
+    register = getattr(torch.nn.modules.module, "register_module_module_registration_hook", None)
+    if register is None:
+        raise ImportError("LPLN_EXEMPT needs torch 2.0 or later. Use lpln_autopatch.exempt.")
+    return register(hook)
+
+
 def loads_entry_points() -> bool | None:
     """Whether `import torch` loads those of `torch.backends`; None where it does not know how."""
     # until torch 2.5
@@ -189,6 +201,12 @@ def devices() -> list[str]:
             count = range(module.device_count())
             found += [f"{kind}:{index} {module.get_device_name(index)}" for index in count]
     return [*found, "mps"] if torch.backends.mps.is_available() else found
+
+
+def forget_compiled_code() -> None:
+    """Have torch.compile begin anew. until torch 2.1: there is no public way, none is taken."""
+    if TORCH_VERSION >= (2, 1):
+        torch.compiler.reset()
 
 
 def drop_compiled_code_that_cannot_follow() -> None:

@@ -260,6 +260,7 @@ def test_wrong_gradient_is_not_timed():
     assert reason.startswith("WrongResult: error of dx 0.1")
 
 
+@recipe_runs
 @pytest.mark.parametrize("rows", [8, 4096])
 @pytest.mark.parametrize("input_dtype", [FP32, BF16])
 def test_wrong_gradient_of_weight_is_not_timed(rows, input_dtype):

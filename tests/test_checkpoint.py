@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint as early_bound_checkpoint
 
 import lpln_autopatch as lpln
 from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch.backends import cpu
 from lpln_autopatch.torch_compat import CHECKPOINT_RECOMPUTATIONS, TORCH_VERSION
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -296,9 +297,11 @@ def test_overlapping_recomputations_do_not_cut_each_other_short(x, use_reentrant
 
 
 @both_modes
-@pytest.mark.parametrize("input_dtype", [FP32, BF16])
-def test_checkpointing_a_norm_changes_no_bit(use_reentrant, input_dtype):
+@pytest.mark.parametrize(("input_dtype", "large"), [(FP32, False), (BF16, False), (BF16, True)])
+def test_checkpointing_a_norm_changes_no_bit(use_reentrant, input_dtype, large, monkeypatch):
     """The recorded forward, without gradients, and the recomputation, with them, are one."""
+    if large:
+        monkeypatch.setattr(cpu, "SMALLEST", 1)
     torch.manual_seed(0)
     norm = torch.nn.LayerNorm(768)
     torch.nn.init.normal_(norm.weight, 1, 0.3)

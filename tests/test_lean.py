@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 import threading
 
@@ -21,7 +22,7 @@ from lpln_autopatch.backends.lean import recovery
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
 pytestmark = pytest.mark.skipif(
-    TORCH_VERSION < (2, 1), reason="lean needs torch 2.1; test_backends.py has that it says so"
+    TORCH_VERSION < (2, 1), reason="lean needs torch 2.1; CI runs this on later ones"
 )
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -148,7 +149,7 @@ def test_parameters_may_be_missing(weighted, biased):
     dy = torch.randn(8, 6, 5).transpose(0, 2).to(BF16)
     got, expected = (
         torch.autograd.grad(f(x, (6, 8), weight, bias, 1e-5, BF16), wanted, dy)
-        for f in (lean.normalise, native.normalise_in_float32)
+        for f in (lean.normalise, native.normalise)
     )
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g, e, rtol=0.02, atol=0.02)
@@ -674,3 +675,64 @@ def test_compiled_code_follows():
         y = broken(x)
     assert "_LeanLayerNorm" in type(y.grad_fn).__name__
     assert counter.frame_count == 2
+
+
+@needs_dynamo
+def test_compiled_code_keeps_y_where_it_is_xhat():
+    """Without weight and bias a graph keeps less than native's; the gradient is as close."""
+    torch.manual_seed(0)
+    norm = torch.nn.LayerNorm(64, elementwise_affine=False)
+    linear = torch.nn.Linear(64, 64)
+    x = torch.randn(32, 64, requires_grad=True)
+
+    def kept_and_gradient(backend):
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda x: x + linear(norm(x)), backend="aot_eager_decomp_partition", fullgraph=True
+        )
+        with low_precision_layernorm("bf16", backend=backend), autocast():
+            compiled(x)
+            storages, y = kept_storages(lambda: compiled(x))
+        return sum(storages.values()), torch.autograd.grad(y.float().square().sum(), [x])[0]
+
+    native_bytes, expected = kept_and_gradient("native")
+    lean_bytes, got = kept_and_gradient("lean")
+    assert lean_bytes < native_bytes
+    assert error(got, expected.double()) < 5e-3
+
+
+@needs_dynamo
+@pytest.mark.parametrize("how", ["torch.func", "inside the graph", "export"])
+def test_compiled_second_derivatives_are_natives(how, monkeypatch):
+    """Where Dynamo itself differentiates, or exports, the graph is native's."""
+    torch.manual_seed(0)
+    norm = torch.nn.LayerNorm(64, elementwise_affine=False)
+    x = torch.randn(8, 64, requires_grad=True)
+
+    def loss(x):
+        return norm(x.sin()).float().pow(3).sum()
+
+    def hessian(x):
+        return torch.func.jacrev(torch.func.grad(loss))(x)
+
+    def penalty(x):
+        return torch.autograd.grad(loss(x), x, create_graph=True)[0].pow(2).sum()
+
+    config = importlib.import_module("torch._dynamo.config")
+    with low_precision_layernorm("bf16", backend="lean"), autocast():
+        if how == "torch.func":
+            compiled = torch.compile(hessian, backend="aot_eager", fullgraph=True)
+            with low_precision_layernorm("bf16", backend="native"):
+                expected = compiled(x.detach())
+            assert torch.equal(compiled(x.detach()), expected)
+        elif how == "export":
+            exported = torch.export.export(torch.nn.Sequential(norm), (x,), strict=True)
+            assert "layer_norm" in str(exported.graph)
+            assert "submod" not in str(exported.graph)
+        elif not hasattr(config, "trace_autograd_ops"):
+            pytest.skip("this Dynamo does not differentiate inside of a graph; the newest does")
+        else:
+            monkeypatch.setattr(config, "trace_autograd_ops", True)
+            compiled = torch.compile(penalty, backend="aot_eager", fullgraph=True)
+            got, expected = (torch.autograd.grad(f(x), x)[0] for f in (compiled, penalty))
+            assert error(got, expected.double()) < 2e-2

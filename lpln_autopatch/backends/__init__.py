@@ -61,7 +61,8 @@ class _OfAnotherPackage:
     If it calls `F.layer_norm`, that is stock, and not lowered by it again.
     """
 
-    load: Callable[[], Backend]
+    entry_point: EntryPoint
+    where: str
 
     def __call__(
         self,
@@ -73,7 +74,9 @@ class _OfAnotherPackage:
         dtype: torch.dtype,
     ) -> torch.Tensor:
         arguments = (x, normalized_shape, weight, bias, eps, dtype)
-        y: torch.Tensor = run_stock("inside a backend", self.load(), *arguments)
+        y: torch.Tensor = run_stock(
+            "inside a backend", _load(self.entry_point, self.where), *arguments
+        )
         return y
 
 
@@ -114,13 +117,13 @@ def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
             raise ImportError(f"{argument}={name!r}: {error}") from error
     for entry_point in entry_points(group=GROUP, name=name):
         where = f"{argument}={name!r}: the backend {entry_point.value}"
-        load = functools.cache(functools.partial(_load, entry_point, where))
         if not _is_being_imported(entry_point.module):
-            load()
-        return name, _OfAnotherPackage(load)
+            _load(entry_point, where)
+        return name, _OfAnotherPackage(entry_point, where)
     raise ValueError(f"{argument}={name!r} is not a backend. Valid: auto, {', '.join(names())}.")
 
 
+@functools.cache
 def _load(entry_point: EntryPoint, where: str) -> Backend:
     try:
         backend: Backend = entry_point.load()

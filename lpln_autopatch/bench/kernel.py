@@ -21,7 +21,7 @@ from lpln_autopatch.bench.options import Options
 from lpln_autopatch.bench.results import Figure, Row
 from lpln_autopatch.bench.rivals import COMPILED, LOWERED, OTHERS, STOCK, composer, sift
 from lpln_autopatch.bench.timing import Entry, Progress, Quartiles
-from lpln_autopatch.torch_compat import CPU_TAKES_MIXED_DTYPES
+from lpln_autopatch.torch_compat import CPU_TAKES_MIXED_DTYPES, forget_compiled_code
 
 FEATURES = (768, 1024, 1600, 2048, 4096, 5120, 8192, 16384)
 
@@ -50,7 +50,7 @@ def run(options: Options, progress: Progress) -> list[Row]:
     for case in cases:
         progress.set_description_str(f"kernel, {case.rows}x{case.features}")
         # After a few cases torch.compile would take it that no shape is worth compiling for.
-        torch.compiler.reset()
+        forget_compiled_code()
         rows += _measure(Layer(case, options.device, _cache(options.device)), options, progress)
     return rows
 

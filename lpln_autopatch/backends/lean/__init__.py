@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lpln_autopatch.backends import native
+from lpln_autopatch.backends.lean import compiled as compiled
 from lpln_autopatch.backends.lean import recovery
 from lpln_autopatch.torch_compat import (
     TORCH_VERSION,
@@ -171,11 +172,12 @@ class _StandIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         ctx.dtype = x.dtype
+        ctx.set_materialize_grads(False)  # in a first derivative it has none: no zeros, no sum
         return torch.zeros((), device=x.device).expand(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.to(dtype=ctx.dtype)
+    def backward(ctx: Any, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        return None if gradient is None else gradient.to(dtype=ctx.dtype)
 
 
 class _InPlaceOf(torch.autograd.Function):

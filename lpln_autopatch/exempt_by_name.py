@@ -1,0 +1,93 @@
+"""LPLN_EXEMPT: modules are exempt by their names, from the moment they become part of a model."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from lpln_autopatch import exemption
+from lpln_autopatch.torch_compat import on_module_registration
+
+_logger = logging.getLogger("lpln_autopatch")
+
+BY_NAME = "LPLN_EXEMPT"
+"""The value of `exemption.MARK` where a name made the mark: modules that are added inherit it."""
+
+
+class ByName:
+    """Marks modules whose name ends as one of `patterns` says, when one becomes part of another.
+
+    A name is known as soon as a module is registered in another, in whatever order a model is put
+    together: its own in its parent, that one's in the next, and so on. The end of the name is
+    matched, because nothing says which module is the outermost.
+
+    Args:
+        patterns: Ends of names, as `named_modules` has them, with commas between them. In each
+            component `*`, `?` and `[...]` are those of file names.
+    """
+
+    def __init__(self, patterns: str) -> None:
+        self._patterns = [
+            # In front of an end it says nothing, as in "*.norm".
+            pattern.removeprefix("*.").split(".")
+            for pattern in map(str.strip, patterns.split(","))
+            if pattern
+        ]
+        # By id, for a module need not have a hash: its parents, and its name in each.
+        self._parents: dict[int, list[tuple[weakref.ref[torch.nn.Module], str]]] = {}
+
+    def install(self) -> Any:
+        """Watch every registration from now on; the handle that is returned ends that."""
+        return on_module_registration(self._register)
+
+    def _register(self, parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
+        if module is None:
+            return
+        self._remember(parent, name, module)
+        if vars(parent).get(exemption.MARK) == BY_NAME:
+            _mark(module, name)
+            return
+        for inner, submodule in module.named_modules():
+            path = [name, *inner.split(".")] if inner else [name]
+            if any(self._matches(pattern, path, parent) for pattern in self._patterns):
+                _mark(submodule, ".".join(path))
+
+    def _remember(self, parent: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
+        key = id(module)
+        if key not in self._parents:
+            self._parents[key] = []
+            weakref.finalize(module, self._parents.pop, key, None).atexit = False
+        self._parents[key].append((weakref.ref(parent), name))
+
+    def _matches(self, pattern: Sequence[str], path: list[str], parent: torch.nn.Module) -> bool:
+        missing = len(pattern) - len(path)
+        if missing <= 0:
+            return _match(pattern, path[-len(pattern) :])
+        return any(_match(pattern, [*above, *path]) for above in self._above(parent, missing))
+
+    def _above(self, module: torch.nn.Module, count: int) -> Iterator[list[str]]:
+        """The last `count` components of each name that `module` has."""
+        for reference, name in self._parents.get(id(module), ()):
+            parent = reference()
+            if count == 1:
+                yield [name]
+            elif parent is not None:
+                yield from ([*above, name] for above in self._above(parent, count - 1))
+
+
+def _match(pattern: Sequence[str], path: Sequence[str]) -> bool:
+    return all(fnmatchcase(name, part) for name, part in zip(path, pattern, strict=True))
+
+
+def _mark(module: torch.nn.Module, name: str) -> None:
+    if vars(module).get(exemption.MARK) == BY_NAME:
+        return
+    exemption.mark(module, True)
+    for submodule in module.modules():
+        setattr(submodule, exemption.MARK, BY_NAME)
+    _logger.info("%s: %s is exempt", BY_NAME, name)

@@ -1,0 +1,135 @@
+"""LPLN_EXEMPT, the exemption of modules by name."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import textwrap
+
+import pytest
+import torch
+from support import A_ROUTE, needs_dynamo, output_dtype, run_python
+from torch import nn
+
+import lpln_autopatch as lpln
+from lpln_autopatch.exempt_by_name import ByName
+from lpln_autopatch.torch_compat import TORCH_VERSION
+
+pytestmark = pytest.mark.skipif(TORCH_VERSION < (2, 0), reason="modules tell since torch 2.0")
+
+
+class Head(nn.Module):
+    """A norm of its own, and one that a function computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        return nn.functional.layer_norm(self.norm(x), (8,))
+
+
+class Model(nn.Module):
+    """Norms at several depths."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"norm": nn.LayerNorm(8), "norm2": nn.LayerNorm(8)}) for _ in range(2)
+        )
+        self.final_norm = nn.LayerNorm(8)
+        self.head = Head()
+
+
+@pytest.fixture
+def by_name():
+    """Installs the patterns that it is called with, for the test."""
+    handles = []
+
+    def install(patterns):
+        names = ByName(patterns)
+        handles.append(names.install())
+        return names
+
+    yield install
+    for handle in handles:
+        handle.remove()
+
+
+def exempt_norms(model: nn.Module) -> set[str]:
+    """The LayerNorms of `model` that stay stock while a precision is active."""
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
+    with lpln.low_precision_layernorm("bf16"):
+        return {name for name, norm in norms.items() if output_dtype(norm) is torch.float32}
+
+
+NORMS = {"layers.0.norm", "layers.0.norm2", "layers.1.norm", "layers.1.norm2"}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        ("final_norm", {"final_norm"}),
+        ("*.final_norm, head.norm", {"final_norm", "head.norm"}),
+        ("head", {"head.norm"}),
+        ("layers.1.norm?", {"layers.1.norm2"}),
+        ("layers.*.norm", {"layers.0.norm", "layers.1.norm"}),
+        ("layers", NORMS),
+        ("norm", {"layers.0.norm", "layers.1.norm", "head.norm"}),
+        ("model.head.norm", set()),
+        (", ,", set()),
+    ],
+)
+def test_patterns_match_the_ends_of_names(by_name, patterns, expected):
+    """Each component, by the rules of file names, and whatever is inside a module that matches."""
+    by_name(patterns)
+    model = Model()
+    assert exempt_norms(model) == expected
+    assert exempt_norms(copy.deepcopy(model)) == expected
+
+
+def test_names_are_known_in_whatever_order_a_model_is_put_together(by_name):
+    """A norm that gets its place, or its full name, late; one that is added to what matched."""
+    by_name("model.head.norm, added")
+    outer, model = nn.Module(), Model()
+    outer.model = model
+    assert exempt_norms(outer) == {"model.head.norm"}
+    model.head.norm = nn.LayerNorm(8)
+    assert exempt_norms(outer) == {"model.head.norm"}
+    outer.added = nn.ModuleList()
+    outer.added.append(nn.LayerNorm(8))
+    assert exempt_norms(outer) == {"model.head.norm", "added.0"}
+    lpln.exempt(outer, exempt=False)
+    assert exempt_norms(outer) == set()
+
+
+def test_modules_are_not_kept(by_name):
+    """What is known of a module goes with it."""
+    names = by_name("head.norm")
+    model = Model()
+    assert len(names._parents) > 0
+    del model
+    gc.collect()
+    assert len(names._parents) == 0
+
+
+@needs_dynamo
+@pytest.mark.parametrize("patterns", ["*.final_norm,head", ""])
+def test_variable_exempts_in_an_unchanged_program(patterns):
+    """Functions that an exempt module calls included; eager and compiled."""
+    code = """
+        import sys
+        sys.path.insert(0, ".")
+        import torch
+        from test_exempt_by_name import Model
+
+        model, x = Model(), torch.randn(4, 8)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for run in (model.final_norm, model.head, model.layers[0]["norm"]):
+                print(run(x).dtype, torch.compile(run, backend="eager", fullgraph=True)(x).dtype)
+    """
+    result = run_python(
+        "-c", textwrap.dedent(code), LPLN_PRECISION="amp", LPLN_EXEMPT=patterns, **A_ROUTE
+    )
+    exempt = "torch.float32 torch.float32" if patterns else "torch.bfloat16 torch.bfloat16"
+    assert result.stdout.splitlines() == [exempt] * 2 + ["torch.bfloat16 torch.bfloat16"]
