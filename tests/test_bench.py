@@ -468,6 +468,17 @@ def test_wrong_argument_is_one_line(arguments, message, capsys):
     assert message in line
 
 
+def test_older_torch_cannot_count(monkeypatch, capsys):
+    """Before torch 2.13 `count` is refused in one line, status 2; the other suites run."""
+    monkeypatch.setattr(suites, "CAN_COUNT", False)
+    with pytest.raises(SystemExit) as exited:
+        suites.main(["count"])
+    assert exited.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"count needs torch 2.13 or later, this is {torch.__version__}" in line
+    assert suites.parse(["--device", "cpu"])[1] == ["kernel", "call", "model", "loss"]
+
+
 @pytest.mark.parametrize("device", ["toaster", "cuda:99", "meta"])
 def test_unusable_device_is_one_line(device):
     """A device that this torch does not know, or have, or cannot compute on: one line, status 1."""
