@@ -225,3 +225,43 @@ def test_kept_bytes_are_those_of_real_training(tmp_path):
     assert counted_stock == stock + random_state
     assert counted_recipe == recipe + random_state + statistics
     assert counted_recipe < counted_stock
+
+
+ON_THE_ACCELERATOR = """
+import torch
+from torch.utils.checkpoint import checkpoint
+from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch.bench import emulated
+
+norm = torch.nn.LayerNorm(8)
+with emulated.accelerator(), torch.autocast(emulated.NAME, dtype=torch.bfloat16):
+    emulated.move(norm)
+    x = torch.randn(4, 8, device=emulated.NAME, requires_grad=True)
+    print("stock", norm(x).dtype)
+    with low_precision_layernorm():
+        y = norm(x)
+        print("lowered", y.dtype, y.grad_fn.next_functions[0][0].name())
+        with torch.autocast(emulated.NAME, enabled=False):
+            print("off", norm(x).dtype)
+        with torch.inference_mode():
+            frozen = torch.randn(4, 8, device=emulated.NAME, dtype=torch.bfloat16)
+        print("inference", norm(frozen).dtype)
+        seen = []
+        hook = norm.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+        y = checkpoint(norm, x, use_reentrant=False)
+    y.float().sum().backward()
+    print("checkpoint", *seen, x.grad.dtype, norm.weight.grad.dtype)
+"""
+
+
+def test_native_takes_its_accelerators_path_where_the_device_is_no_cpu():
+    """x is rounded first; an inner region stays stock; a checkpoint is recomputed as it was."""
+    printed = run_python("-c", ON_THE_ACCELERATOR).stdout.replace("torch.", "").splitlines()
+    assert printed == [
+        "stock float32",
+        "lowered bfloat16 ToCopyBackward0",
+        "off float32",
+        "inference bfloat16",
+        # It compares what it recomputes, here outside of the block, with the dtypes of the forward.
+        "checkpoint bfloat16 float32 float32",
+    ]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lpln_autopatch.bench.results import short
 
 
-def digits(steps: int, dtype: torch.dtype, seed: int) -> Any:
+def digits(lr: float, steps: int, dtype: torch.dtype, seed: int) -> Any:
     """A ViT of two blocks that learns scikit-learn's 1797 digits, 8 x 8 pixels, on the CPU."""
     example: Any = import_module("lpln_autopatch.bench.example")
     data = import_module("sklearn.datasets").load_digits()
@@ -23,7 +23,7 @@ def digits(steps: int, dtype: torch.dtype, seed: int) -> Any:
     torch.manual_seed(seed)
     training.args, training.model = args, _ViT()
     training.generator = torch.Generator().manual_seed(seed)
-    training.optimizer = torch.optim.AdamW(training.model.parameters(), lr=2e-3)
+    training.optimizer = torch.optim.AdamW(training.model.parameters(), lr=lr)
     training.scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
 
     def batch() -> tuple[torch.Tensor, torch.Tensor]:

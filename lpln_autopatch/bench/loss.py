@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
 import statistics
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -90,13 +90,16 @@ def tasks(options: Options) -> list[tuple[dict[str, Any], Callable[..., Any], to
     usual = 300 if options.policy is not None else 200 if on_cpu else 400
     steps = options.steps or (20 if options.quick else usual)
     kinds: list[tuple[str, Callable[..., Any], torch.dtype, int]]
-    kinds = [("text", functools.partial(_text, options), dtype, steps) for dtype in dtypes]
+    kinds = [("text", partial(_text, options), dtype, steps) for dtype in dtypes]
     if options.policy is not None:
-        kinds += [("digits", digits, d, steps) for d in (torch.bfloat16, torch.float16)]
+        kinds += [
+            ("digits", partial(digits, options.lr or 2e-3), d, steps)
+            for d in (torch.bfloat16, torch.float16)
+        ]
     return [
         (
             {"task": name, "autocast": short(dtype), "steps": steps, "seeds": seeds},
-            functools.partial(task, steps),
+            partial(task, steps),
             dtype,
         )
         for name, task, dtype, steps in kinds

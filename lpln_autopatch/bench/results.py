@@ -169,9 +169,10 @@ def _draw_counts(axes: Any, rows: Sequence[Row]) -> None:
             own = [row for row in counted if row.contender == contender]
             places = [titles.index(row.title) for row in own]
             label = f"{contender}, {what}"
-            axes.plot(
-                [row.figures[what] for row in own], places, marker, color=f"C{color}", label=label
-            )
+            shares = [row.figures[what] for row in own]
+            # The first are larger: where two agree, both are seen.
+            look = {"color": f"C{color}", "ms": 9 - 2.5 * color, "label": label}
+            axes.plot(shares, places, marker, **look)
     axes.axvline(1, color="grey", linewidth=1)
     labels = {row.title: f"{row.case['model']}, {row.case['mode']}" for row in counted}
     axes.set_yticks(range(len(titles)), [labels[title] for title in titles], fontsize="small")
