@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import json
 import math
@@ -455,6 +456,10 @@ def test_table_lists_the_absent_once():
         (["call", "--json", "x.png", "--plot", "x.png"], "need a file each"),
         (["call", "--plot", "x.txt"], "ends in .png"),
         (["call", "--policy", "cuda"], "--policy is for loss alone"),
+        (["call", "--qui"], "unrecognized arguments: --qui"),
+        (["call", "--steps", "20"], "--steps is for loss, not for call"),
+        (["kernel", "call", "--modes", "eager"], "--modes is for model and count, not for kernel"),
+        (["call", "--json", "."], "it cannot be written"),
         (["model", "--models", "toast"], "--models: other models than bert, gpt2 and vit"),
         (["kernel", "--graph", "--device", "cpu"], "only a CUDA device has graphs"),
     ],
@@ -466,6 +471,23 @@ def test_wrong_argument_is_one_line(arguments, message, capsys):
     assert exited.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_interrupted_run_keeps_what_it_has_measured(tmp_path, monkeypatch, capsys):
+    """Each suite is printed and written when it ends."""
+
+    def interrupted(options, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        importlib.import_module("lpln_autopatch.bench.kernel"), "run", lambda *_: []
+    )
+    monkeypatch.setattr(importlib.import_module("lpln_autopatch.bench.call"), "run", interrupted)
+    file = tmp_path / "figures.json"
+    with pytest.raises(KeyboardInterrupt):
+        suites.main(["kernel", "call", "--device", "cpu", "--json", str(file)])
+    assert list(json.loads(file.read_text())["suites"]) == ["kernel"]
+    assert "kernel: LayerNorm alone" in capsys.readouterr().out
 
 
 def test_older_torch_cannot_count(monkeypatch, capsys):

@@ -157,6 +157,9 @@ def parse_arguments(arguments=None):
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
+    for name in ("batch_size", "context", "width", "layers", "heads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: from 1 on.")
     if args.steps <= WARMUP_STEPS:
         parser.error(f"--steps {args.steps}: the first {WARMUP_STEPS} are not timed; take more.")
     return args

@@ -8,14 +8,13 @@ output is rounded to the autocast dtype, as the next matrix product would.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from typing import Any
 
 import torch
 
 from lpln_autopatch import disable, low_precision_layernorm
-from lpln_autopatch.bench.options import usable_device
+from lpln_autopatch.bench.options import Parser, at_least, usable_device
 from lpln_autopatch.bench.recipe import ComposerRecipe
 
 COLUMNS = ("output", "grad x", "grad weight", "grad bias")
@@ -60,13 +59,13 @@ def compare(x: torch.Tensor, dtype: torch.dtype, compiled: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lpln_autopatch.bench.error",
         description="Compare the error of a LayerNorm against float64.",
     )
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, ...")
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--features", type=int, default=1024)
+    parser.add_argument("--rows", type=at_least(1), default=256)
+    parser.add_argument("--features", type=at_least(1), default=1024)
     parser.add_argument("--compiled", action="store_true", help="under torch.compile")
     args = parser.parse_args()
     usable_device(args.device)

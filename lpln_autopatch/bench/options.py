@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
@@ -53,6 +56,27 @@ class Options:
     def rounds_or(self, default: int) -> int:
         """The rounds that were asked for, or 2 for a quick run, or `default`."""
         return self.rounds or (2 if self.quick else default)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line. It takes no abbreviations."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists what is valid)\n")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A parser's type: a number from `least` on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
+        return int(text)
+
+    return number
 
 
 def usable_device(name: str) -> torch.device:

@@ -9,28 +9,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from importlib_metadata import PackageNotFoundError, version
 
 from lpln_autopatch import disable, status
 from lpln_autopatch.bench import results
-from lpln_autopatch.bench.options import Options, usable_device
+from lpln_autopatch.bench.options import Options, Parser, at_least, usable_device
 from lpln_autopatch.torch_compat import CAN_COUNT
 
 SUITES = {
     # First: its device has to be there before the first backward.
     "count": "what a training step of real models does under CUDA's autocast, without a GPU",
     "kernel": "LayerNorm alone, on the device, against every rival",
-    "call": "one call on the host",
+    "call": "one call on the host, on one thread",
     "model": "a training step of BERT, GPT-2 and ViT",
     "loss": "what a language model learns, stock and lowered",
 }
@@ -40,6 +40,18 @@ gives        the dtype of what LayerNorm returns"""
 LEGEND_OF_COUNT = """ratios are to stock: below 1 is less; recipe is Composer's
 kept         bytes from forward to backward; moved: read and written by all operators
 least ms     a bound for an A100 from bytes and FLOPs, no measurement"""
+# The options that are not for every suite.
+SUITES_OF = {
+    "rounds": ("kernel", "call", "model"),
+    "graph": ("kernel",),
+    "features": ("kernel",),
+    "models": ("model", "count"),
+    "modes": ("model", "count"),
+    "norms": ("count",),
+    "steps": ("loss",),
+    "seeds": ("loss",),
+    "lr": ("loss",),
+}
 QUICK = "--quick shows that it runs. Its figures mean nothing."
 RIVALS = ("triton", "mosaicml", "apex", "liger-kernel", "timm", "quack-kernels", "transformers")
 
@@ -58,20 +70,21 @@ def main(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
     about = environment(options.device, argv)
-    measured: dict[str, list[results.Row]] = {}
-    for suite in suites:
-        with tqdm(unit="round", leave=False, disable=None) as progress:
-            measured[suite] = import_module(f"lpln_autopatch.bench.{suite}").run(options, progress)
-    disable()
     print("\n".join(f"{name:8} {value}" for name, value in about.items()))
-    print(f"\n{LEGEND_OF_COUNT if [*measured] == ['count'] else LEGEND}")
+    print(f"\n{LEGEND_OF_COUNT if suites == ['count'] else LEGEND}")
     if options.quick:
         print(QUICK)
-    for suite, rows in measured.items():
-        table = getattr(import_module(f"lpln_autopatch.bench.{suite}"), "table", results.table)
-        print(f"\n{suite}: {SUITES[suite]}\n{table(rows)}")
-    if options.json:
-        results.write_json(options.json, about, measured)
+    measured: dict[str, list[results.Row]] = {}
+    # What is measured is shown and written at once: whoever interrupts the next suite keeps it.
+    for suite in suites:
+        module = import_module(f"lpln_autopatch.bench.{suite}")
+        with tqdm(unit="round", leave=False, disable=None) as progress:
+            measured[suite] = module.run(options, progress)
+        table = getattr(module, "table", results.table)
+        print(f"\n{suite}: {SUITES[suite]}\n{table(measured[suite])}", flush=True)
+        if options.json:
+            results.write_json(options.json, about, measured)
+    disable()
     if options.plot:
         heading = (
             f"{QUICK}\n" * options.quick
@@ -81,23 +94,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists what is valid)\n")
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
-        return int(text)
-
-    return number
-
-
 def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """The options, and the suites in the order of `SUITES`."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m lpln_autopatch bench",
         description="Measure LayerNorm, stock and lowered, against every rival that is installed.",
         epilog="\n".join(["suites:", *(f"  {name:8} {what}" for name, what in SUITES.items())]),
@@ -111,9 +110,9 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     add("--device", default=device, help=f"cpu, cuda, cuda:1, ... (default here: {device})")
     add("--quick", action="store_true", help="small sizes: does it run? its figures mean nothing")
     add("--dtype", nargs="+", choices=["bfloat16", "float16"], help="what autocast runs in")
-    add("--rounds", type=_at_least(2), help="rounds of timing, at least 2")
+    add("--rounds", type=at_least(2), help="rounds of timing, at least 2")
     add("--graph", action="store_true", help="kernel: time CUDA graphs, the device alone")
-    add("--features", type=_at_least(1), nargs="+", metavar="N", help="kernel: sizes of a row")
+    add("--features", type=at_least(1), nargs="+", metavar="N", help="kernel: sizes of a row")
     add("--models", nargs="+", metavar="MODEL", help="model: bert, gpt2, vit; count: see the docs")
     add("--norms", help="count: layer_norm, all, ...; default: by the model")
     add(
@@ -122,8 +121,8 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
         choices=["eager", "compiled"],
         help="model: default both; count: eager",
     )
-    add("--steps", type=_at_least(20), help="loss: steps of training, at least 20")
-    add("--seeds", type=_at_least(2), help="loss: how many, at least 2")
+    add("--steps", type=at_least(20), help="loss: steps of training, at least 20")
+    add("--seeds", type=at_least(2), help="loss: how many, at least 2")
     add("--policy", choices=["cuda"], help="loss: under CUDA's autocast lists, on the CPU")
     add("--lr", type=float, help="loss: learning rate (default: 0.001)")
     add("--json", type=Path, metavar="FILE", help="write every figure")
@@ -135,6 +134,10 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     for file in (args.json, args.plot):
         if file is not None and not file.absolute().parent.is_dir():
             parser.error(f"{file}: there is no such folder")
+        if file is not None and (
+            file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)
+        ):
+            parser.error(f"{file}: it cannot be written")
     if args.json and args.plot and args.json.absolute() == args.plot.absolute():
         parser.error(f"{args.json}: --json and --plot need a file each")
     if args.plot and args.plot.suffix.lower() != ".png":
@@ -149,6 +152,9 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     suites = [name for name in SUITES if name in (args.suites or able)]
     if not {*suites} <= {*able}:
         parser.error(f"count needs torch 2.13 or later, this is {torch.__version__}")
+    for option, those in SUITES_OF.items():
+        if given[option] and not {*suites} & {*those}:
+            parser.error(f"--{option} is for {' and '.join(those)}, not for {' and '.join(suites)}")
     if suites != ["count"] and not {*(args.models or ())} <= {"bert", "gpt2", "vit"}:
         parser.error("--models: other models than bert, gpt2 and vit are for count, named alone")
     return Options(usable_device(args.device), dtypes=dtypes, **given), suites
