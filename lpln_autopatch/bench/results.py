@@ -114,17 +114,17 @@ def write_json(file: Path, about: Mapping[str, object], suites: Mapping[str, lis
 
 
 def plot(file: Path, heading: str, suites: Mapping[str, list[Row]]) -> None:
-    """Draw every suite into one PNG: times over stock's with quartiles, or the curves."""
+    """Draw every suite into one PNG: times over stock's with quartiles, or each case's curves."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    titles = {n: list(dict.fromkeys(r.title for r in rows)) for n, rows in suites.items()}
-    heights = [max(3.0, 1 + 0.5 * len(titles[name])) for name in suites]
+    panels = [panel for name, rows in suites.items() for panel in _panels(name, rows)]
+    heights = [max(3.0, 1 + 0.5 * len({row.title for row in rows})) for _, rows in panels]
     figure = Canvas(figsize=(12, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(heading, fontsize="small")
-    grid = figure.subplots(len(suites), squeeze=False, height_ratios=heights)
-    for (name, rows), axes in zip(suites.items(), grid[:, 0], strict=True):
+    grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
+    for (name, rows), axes in zip(panels, grid[:, 0], strict=True):
         axes.set_title(name)
         if any(row.curves for row in rows):
             _draw_curves(axes, rows)
@@ -135,6 +135,12 @@ def plot(file: Path, heading: str, suites: Mapping[str, list[Row]]) -> None:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     figure.savefig(file, format="png")
+
+
+def _panels(name: str, rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """The suite as one panel; where it has curves, one for each case."""
+    titles = dict.fromkeys(row.title for row in rows if row.curves)
+    return [(f"{name}: {t}", [r for r in rows if r.title == t]) for t in titles] or [(name, rows)]
 
 
 def _draw_ratios(axes: Any, rows: Sequence[Row]) -> None:
@@ -193,12 +199,13 @@ def _what_differs(rows: Sequence[Row]) -> tuple[str, dict[str, str]]:
 
 
 def _draw_curves(axes: Any, rows: Sequence[Row]) -> None:
-    # Wide and light beneath, narrow above: where the two agree, both are seen.
-    styles = ({"linewidth": 3, "alpha": 0.35}, {"linewidth": 0.8})
     for color, row in enumerate(row for row in rows if row.curves):
-        for index, curve in enumerate(row.curves):
-            label = f"{row.contender}, {row.title}" if index == 0 else None
-            axes.plot(curve, color=f"C{color}", label=label, **styles[color % 2])
+        for curve in row.curves:
+            axes.plot(curve, color=f"C{color}", linewidth=0.5, alpha=0.25)
+        mean = [sum(losses) / len(losses) for losses in zip(*row.curves, strict=True)]
+        # The first are wider: where they agree, all are seen.
+        width = 4 / (1 + color)
+        axes.plot(mean, color=f"C{color}", linewidth=width, label=f"{row.contender}, mean")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss: a line for each seed")
+    axes.set_ylabel("loss, thin: a seed")
