@@ -10,12 +10,10 @@ import contextlib
 import copy
 import math
 import statistics
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -68,8 +66,6 @@ def contenders(options: Options) -> list[Contender]:
 
 def run(options: Options, progress: Progress) -> list[Row]:
     """Train all from every seed, on every task, in every autocast dtype."""
-    if options.policy is not None and find_spec("sklearn") is None:
-        sys.exit("not installed: scikit-learn. pip install 'lpln_autopatch[bench]'")
     every = tasks(options)
     cost = len(contenders(options)) * sum(case["seeds"] * case["steps"] for case, _, _ in every)
     progress.reset(cost)

@@ -163,6 +163,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
 def refuse_without_extra(options: Options, suites: Sequence[str]) -> None:
     """Exit with one line if a package of the extra is missing that the run would need."""
     needed = ["tqdm"] + ["matplotlib"] * bool(options.plot) + ["transformers"] * ("model" in suites)
+    needed += ["sklearn"] * bool(options.policy)
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         sys.exit(f"not installed: {', '.join(missing)}. pip install 'lpln_autopatch[bench]'")
