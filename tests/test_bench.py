@@ -520,6 +520,16 @@ def test_missing_extra_is_one_line(arguments, package, monkeypatch):
         suites.main(["call", "--device", "cpu", *arguments])
 
 
+@pytest.mark.skipif(not CAN_COUNT, reason="count is for torch 2.13 or later; CI runs it there")
+def test_missing_extra_of_count_is_status_2(monkeypatch, capsys):
+    """As a model or a library that count lacks."""
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(SystemExit) as exited:
+        suites.main(["count", "--device", "cpu"])
+    assert exited.value.code == 2
+    assert capsys.readouterr().err.startswith("not installed: tqdm. pip install")
+
+
 @pytest.mark.skipif(TORCH_VERSION < (2, 5), reason="torch >= 2.5 loads entry points; CI runs it")
 @pytest.mark.parametrize("module", [["lpln_autopatch", "bench"], ["lpln_autopatch.bench.error"]])
 def test_patched_process_is_refused(module):
