@@ -70,10 +70,9 @@ def main(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
     about = environment(options.device, argv)
-    print("\n".join(f"{name:8} {value}" for name, value in about.items()))
-    print(f"\n{LEGEND_OF_COUNT if suites == ['count'] else LEGEND}")
-    if options.quick:
-        print(QUICK)
+    above = "\n".join(f"{name:8} {value}" for name, value in about.items())
+    above += f"\n\n{LEGEND_OF_COUNT if suites == ['count'] else LEGEND}"
+    above += f"\n{QUICK}" * options.quick + "\n"
     measured: dict[str, list[results.Row]] = {}
     # What is measured is shown and written at once: whoever interrupts the next suite keeps it.
     for suite in suites:
@@ -81,7 +80,8 @@ def main(argv: Sequence[str]) -> int:
         with tqdm(unit="round", leave=False, disable=None) as progress:
             measured[suite] = module.run(options, progress)
         table = getattr(module, "table", results.table)
-        print(f"\n{suite}: {SUITES[suite]}\n{table(measured[suite])}", flush=True)
+        print(f"{above}\n{suite}: {SUITES[suite]}\n{table(measured[suite])}", flush=True)
+        above = ""
         if options.json:
             results.write_json(options.json, about, measured)
     disable()
