@@ -117,11 +117,10 @@ def test_accelerate_loop_behind_a_block_is_stock_to_the_bit(without_the_variable
 
 
 @needs_accelerate
-def test_accelerate_hooks_keep_the_forward_that_they_found(
-    accelerate_program, without_the_variable
-):
-    """Of modules with a hook, those are lowered that got it after the first activation."""
-    assert set(without_the_variable["hooked before the block"]) == FP32
+def test_modules_with_accelerates_hooks_are_lowered(accelerate_program, without_the_variable):
+    """Whenever they got their hooks: the forward that a hook keeps calls the function."""
+    assert set(without_the_variable["hooked"]) == FP32
+    assert set(without_the_variable["hooked before the block"]) == BF16
     assert set(accelerate_program(LPLN_PRECISION="amp")["hooked"]) == BF16
 
 
@@ -202,11 +201,14 @@ def test_timm_gradient_checkpointing_changes_no_bit(timm_model, images):
 
 @needs_timm
 @pytest.mark.parametrize("fast_norm", [False, True])
-def test_timm_vit_is_left_to_timm(timm_model, images, fast_norm):
-    """ViT's norms have timm's own forward: the same bits lowered and stock, with its switch too."""
+def test_timm_vit_is_lowered(timm_model, images, fast_norm):
+    """ViT's norms have timm's own forward, which calls the function. With timm's switch that calls
+    it without autocast: the same bits lowered and stock."""
     stock = step(timm_model("vit", fast_norm), images, lower=False)
+    lowered = step(timm_model("vit", fast_norm), images, lower=True)
     assert set(stock[0]) == (BF16 if fast_norm else FP32)
-    assert step(timm_model("vit", fast_norm), images, lower=True) == stock
+    assert set(lowered[0]) == BF16
+    assert (lowered == stock) is fast_norm
 
 
 def test_integrations_are_imported_by_nobody_else():
