@@ -1,4 +1,4 @@
-"""What normalises a lowered call: the protocol, and the choice by name."""
+"""What normalises a lowered call: the choice by name."""
 
 from __future__ import annotations
 
@@ -8,50 +8,15 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from importlib_metadata import EntryPoint, entry_points
 
 from lpln_autopatch import torch_compat
 from lpln_autopatch.backends import apex, fused, lean, native
+from lpln_autopatch.backends.protocol import Backend as Backend
 from lpln_autopatch.exemption import run_stock
 from lpln_autopatch.precision import Precision
-
-
-class Backend(Protocol):
-    """What normalises a lowered call, in eager mode: a function, or anything callable."""
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        normalized_shape: Sequence[int],
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        eps: float,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """Normalise `x` over its trailing dimensions in the autocast dtype, differentiably.
-
-        Called under the autocast that is in force, with the arguments of
-        `torch.nn.functional.layer_norm` and the dtype of the output.
-
-        Args:
-            x: Input, shape (..., *normalized_shape), any floating dtype but float64.
-            normalized_shape: The trailing dimensions over which to normalise.
-            weight: Scale, shape normalized_shape, any floating dtype, or None.
-            bias: Shift, shape normalized_shape, any floating dtype, or None.
-            eps: Added to the variance.
-            dtype: The autocast dtype of x's device, float16 or bfloat16.
-
-        Returns:
-            Tensor of the shape of `x`, in `dtype`. Statistics are computed in float32; x, weight
-            and bias may be rounded to `dtype` first.
-
-        Raises:
-            RuntimeError: trailing dimensions of `x` differ from normalized_shape (PyTorch's own
-                message).
-        """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lpln_autopatch.torch_compat import (
 )
 
 if TYPE_CHECKING:
-    from lpln_autopatch.backends import Backend
+    from lpln_autopatch.backends.protocol import Backend
 
 _BUILD = (
     "Build it from source: git clone https://github.com/NVIDIA/apex, and in that folder "

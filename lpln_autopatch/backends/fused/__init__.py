@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lpln_autopatch.backends import native
+from lpln_autopatch.backends import cpu, native
 from lpln_autopatch.backends.stand_in import in_place_of, stand_in_for
 from lpln_autopatch.torch_compat import (
     TORCH_VERSION,
@@ -24,7 +24,7 @@ from lpln_autopatch.torch_compat import (
 )
 
 if TYPE_CHECKING:
-    from lpln_autopatch.backends import Backend
+    from lpln_autopatch.backends.protocol import Backend
 
 MAX_FEATURES = 65536
 """The longest row that the kernels take, in elements."""
@@ -201,28 +201,10 @@ def _backward_natively(
     stand_in: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
     """`launch.backward` in operators of PyTorch's, which know their own derivatives."""
-    shape = x.shape[-n_dims:]
     mean, rstd = statistics.view(2, *x.shape[:-n_dims], *[1] * n_dims)
-    dtype_of_x = torch.float32 if is_xhat else x.dtype
     if is_xhat:  # x, but for its mean, on which no derivative depends
         x, mean = in_place_of(stand_in, x / rstd), torch.zeros_like(mean)
-    # Ones for no weight: with a bias alone PyTorch's own double backward fails (2.13, 2.15).
-    scale = statistics.new_ones(shape) if weight is None else weight.float()
-    gradients = torch.ops.aten.native_layer_norm_backward(
-        dy.float(),
-        x.float(),
-        shape,
-        mean,
-        rstd,
-        scale,
-        bias if bias is None else bias.float(),
-        wanted,
-    )
-    dtypes = (dtype_of_x, *(p if p is None else p.dtype for p in (weight, bias)))
-    return tuple(
-        None if gradient is None or dtype is None else gradient.to(dtype=dtype)
-        for gradient, dtype in zip(gradients, dtypes, strict=True)
-    )
+    return cpu.backward(dy, x, x.shape[-n_dims:], weight, bias, mean, rstd, wanted)
 
 
 # Dynamo is not to look for graphs in any of this: code that it compiles takes another way.

@@ -23,7 +23,7 @@ from lpln_autopatch.torch_compat import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lpln_autopatch.backends import Backend
+    from lpln_autopatch.backends.protocol import Backend
 
 _X_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
