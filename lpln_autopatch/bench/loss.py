@@ -17,8 +17,9 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lpln_autopatch import backends
+from lpln_autopatch.backends import cpu
 from lpln_autopatch.bench import timing
 from lpln_autopatch.bench.digits import digits
 from lpln_autopatch.bench.options import Options
@@ -41,7 +42,7 @@ class AcceleratorRecipe(torch.nn.LayerNorm):
     CUDA's sums them in float32 and rounds once: so does this.
     """
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         dtype = autocast_dtype(input.device.type)
         if dtype is None:
             return super().forward(input)
@@ -52,16 +53,51 @@ class AcceleratorRecipe(torch.nn.LayerNorm):
         return y.to(dtype)
 
 
+class _RoundedXhat(torch.autograd.Function):
+    """What the kernels of `fused` compute, in operators of PyTorch's, for a float32 x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor, eps: float
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            y, mean, rstd = torch.native_layer_norm(x.float(), shape, weight, bias, eps)
+        ctx.save_for_backward(((x.float() - mean) * rstd).to(dtype), weight, bias, rstd)
+        ctx.shape, ctx.x_dtype = shape, x.dtype
+        return y.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        xhat, weight, bias, rstd = ctx.saved_tensors
+        x, mean = xhat.float() / rstd, torch.zeros_like(rstd)  # x, but for its mean
+        wanted = (True, True, True)
+        dx, *others = cpu.backward(dy, x, ctx.shape, weight, bias, mean, rstd, wanted)
+        return dx.to(ctx.x_dtype), None, *others, None  # type: ignore[union-attr]
+
+
+class FusedArithmetic(torch.nn.LayerNorm):
+    """What `fused` computes on a GPU: the output is rounded, and the xhat that it keeps."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if autocast_dtype(input.device.type) is None:
+            return super().forward(input)
+        arguments = (input, self.normalized_shape, self.weight, self.bias, self.eps)
+        y: Tensor = _RoundedXhat.apply(*arguments)  # type: ignore[no-untyped-call]
+        return y
+
+
 def contenders(options: Options) -> list[Contender]:
     """Stock and lowered; under CUDA's policy by every arithmetic that ours has on a GPU."""
     if options.policy is None:
         return [STOCK, LOWERED]
-    ours = [Contender("lowered (native)", lambda: AcceleratorRecipe)]
-    # What native computes on the CPU, and fused's output; its gradients come from a rounded xhat.
-    ours.append(Contender("lowered (rounded once)", backend="native"))
-    if "lean" in backends.names():
-        ours.append(Contender("lowered (lean)", backend="lean"))
-    return [FLOAT32, STOCK, *ours]
+    return [
+        FLOAT32,
+        STOCK,
+        Contender("lowered (native)", lambda: AcceleratorRecipe),
+        Contender("lowered (fused)", lambda: FusedArithmetic),
+        Contender("lowered (lean)", backend="lean"),
+    ]
 
 
 def run(options: Options, progress: Progress) -> list[Row]:
@@ -83,13 +119,14 @@ def tasks(options: Options) -> list[tuple[dict[str, Any], Callable[..., Any], to
     dtypes = options.dtypes or ([torch.bfloat16] if on_cpu else [torch.bfloat16, torch.float16])
     few = 3 if on_cpu and options.policy is None else 5
     seeds = options.seeds or (2 if options.quick else few)
-    usual = 300 if options.policy is not None else 200 if on_cpu else 400
+    usual = 1000 if options.policy is not None else 200 if on_cpu else 400
     steps = options.steps or (20 if options.quick else usual)
     kinds: list[tuple[str, Callable[..., Any], torch.dtype, int]]
     kinds = [("text", partial(_text, options), dtype, steps) for dtype in dtypes]
     if options.policy is not None:
+        shorter = options.steps or (20 if options.quick else 500)
         kinds += [
-            ("digits", partial(digits, options.lr or 2e-3), d, steps)
+            ("digits", partial(digits, options.lr or 2e-3), d, shorter)
             for d in (torch.bfloat16, torch.float16)
         ]
     return [
@@ -164,10 +201,14 @@ def _train(
     norms: list[float] = []
     skipped, scale = 0, training.scaler.get_scale()
     steps = training.args.steps
+    # To nothing at the end: the loss flattens, and what differs between contenders is seen.
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(training.optimizer, steps)
     with contender.applied(training.model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*autocast.*")  # to float32, of that contender
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.*")  # the first step was skipped
         for step in range(steps):
             losses.append(training.step())
+            schedule.step()
             skipped += training.scaler.get_scale() < scale
             scale = training.scaler.get_scale()
             if step >= steps - steps // 10:

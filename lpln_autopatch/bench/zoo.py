@@ -26,7 +26,7 @@ class Entry:
         batch: Items in a batch.
         length: Tokens of an item, where it is text.
         config: What differs from the configuration's defaults.
-        shallow: What makes it a model of three layers, for what is compiled; empty: all of it.
+        shallow: What makes it a model of few layers, for what is compiled; empty: all of it.
         norms: Those that are lowered, as in `enable(norms=...)`.
     """
 
@@ -136,6 +136,9 @@ def stable_diffusion_unet(**config: Any) -> torch.nn.Module:
 _HERE = "lpln_autopatch.bench.zoo"
 _1000 = {"num_labels": 1000}
 _THREE = {"num_hidden_layers": 3}
+_BOTH_THREE = {"text_config": _THREE, "vision_config": _THREE}
+_CODERS_THREE = {"encoder_layers": 3, "decoder_layers": 3}
+_STAGES_TWO = {"depths": (2, 2, 2, 2)}
 _WHISPER = {"d_model": 768, "encoder_layers": 12, "decoder_layers": 12}
 _WHISPER |= {"encoder_attention_heads": 12, "decoder_attention_heads": 12}
 _WHISPER |= {"encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072}
@@ -147,61 +150,53 @@ MODELS: dict[str, Entry] = {
     "gpt2": Entry("transformers:GPT2Config", 8, 1024, {}, {"n_layer": 3}),
     "vit-b16": Entry("transformers:ViTConfig", 64, 0, _1000, _THREE),
     "vit-b16-timm": Entry("timm:vit_base_patch16_224", 64, 0, {}, {"depth": 3}),
-    "swin-t": Entry("timm:swin_tiny_patch4_window7_224", 64, 0),
-    "convnext-t": Entry("timm:convnext_tiny", 64, 0),
-    "whisper-small": Entry(
-        "transformers:WhisperConfig", 8, 448, _WHISPER, {"encoder_layers": 3, "decoder_layers": 3}
-    ),
+    "swin-t": Entry("timm:swin_tiny_patch4_window7_224", 64, 0, {}, _STAGES_TWO),
+    "convnext-t": Entry("timm:convnext_tiny", 64, 0, {}, _STAGES_TWO),
+    "whisper-small": Entry("transformers:WhisperConfig", 8, 448, _WHISPER, _CODERS_THREE),
     "dinov2-b": Entry("transformers:Dinov2Config", 64, 0, {**_1000, "image_size": 224}, _THREE),
-    "clip-vit-b32": Entry("transformers:CLIPConfig", 256),
+    "clip-vit-b32": Entry("transformers:CLIPConfig", 256, 512, {}, _BOTH_THREE),
     "dit-xl-2": Entry(f"{_HERE}:dit_xl_2", 32, 0, {}, {"num_layers": 3}),
-    "sd-unet": Entry(f"{_HERE}:stable_diffusion_unet", 8, 0, norms="all"),
+    "sd-unet": Entry(f"{_HERE}:stable_diffusion_unet", 8, 0, {}, {"layers_per_block": 1}, "all"),
     "llama-1b": Entry(f"{_HERE}:llama", 4, 2048, _LLAMA, _THREE, norms="all"),
 }
 """The models of the default, and their shallow configurations for what is compiled."""
 
 
+_PYTHIA = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+_PYTHIA |= {"intermediate_size": 4096}
+_BLOOM = {"hidden_size": 1024, "n_layer": 24, "n_head": 16}
+_ROBERTA = {"max_position_embeddings": 514}
+
 MORE: dict[str, Entry] = {
-    "roberta-base": Entry("transformers:RobertaConfig", 32, 512, {"max_position_embeddings": 514}),
-    "distilbert": Entry("transformers:DistilBertConfig", 32, 512),
-    "electra-small": Entry("transformers:ElectraConfig", 64, 512),
-    "opt-125m": Entry("transformers:OPTConfig", 8, 1024),
-    "pythia-410m": Entry(
-        "transformers:GPTNeoXConfig",
-        8,
-        1024,
-        {
-            "hidden_size": 1024,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "intermediate_size": 4096,
-        },
-    ),
-    "bloom-560m": Entry(
-        "transformers:BloomConfig", 4, 1024, {"hidden_size": 1024, "n_layer": 24, "n_head": 16}
-    ),
-    "phi-1": Entry("transformers:PhiConfig", 4, 1024),
-    "bart-large": Entry("transformers:BartConfig", 8, 512),
-    "beit-b16": Entry("transformers:BeitConfig", 64, 0, _1000),
-    "siglip-b16": Entry("transformers:SiglipConfig", 64),
+    "roberta-base": Entry("transformers:RobertaConfig", 32, 512, _ROBERTA, _THREE),
+    "distilbert": Entry("transformers:DistilBertConfig", 32, 512, {}, {"n_layers": 3}),
+    "electra-small": Entry("transformers:ElectraConfig", 64, 512, {}, _THREE),
+    "opt-125m": Entry("transformers:OPTConfig", 8, 1024, {}, _THREE),
+    "pythia-410m": Entry("transformers:GPTNeoXConfig", 8, 1024, _PYTHIA, _THREE),
+    "bloom-560m": Entry("transformers:BloomConfig", 4, 1024, _BLOOM, {"n_layer": 3}),
+    "phi-1": Entry("transformers:PhiConfig", 4, 1024, {}, _THREE),
+    "bart-large": Entry("transformers:BartConfig", 8, 512, {}, _CODERS_THREE),
+    "beit-b16": Entry("transformers:BeitConfig", 64, 0, _1000, _THREE),
+    "siglip-b16": Entry("transformers:SiglipConfig", 64, 512, {}, _BOTH_THREE),
     **{
-        name: Entry(f"timm:{name}", 64, 0)
-        for name in (
-            "vit_large_patch16_224",
-            "deit3_base_patch16_224",
-            "eva02_base_patch14_224",
-            "swinv2_tiny_window8_256",
-            "convnext_base",
-            "maxvit_tiny_tf_224",
-            "mixer_b16_224",
-            "cait_s24_224",
-            "xcit_small_12_p16_224",
-            "pvt_v2_b2",
-            "mvitv2_tiny",
-            "davit_tiny",
-            "focalnet_tiny_srf",
-            "edgenext_small",
-        )
+        name: Entry(f"timm:{name}", 64, 0, {}, shallow)
+        for name, shallow in {
+            "vit_large_patch16_224": {"depth": 3},
+            "deit3_base_patch16_224": {"depth": 3},
+            "eva02_base_patch14_224": {"depth": 3},
+            "cait_s24_224": {"depth": 3},
+            "xcit_small_12_p16_224": {"depth": 3},
+            "swinv2_tiny_window8_256": _STAGES_TWO,
+            "convnext_base": _STAGES_TWO,
+            "maxvit_tiny_tf_224": _STAGES_TWO,
+            "pvt_v2_b2": _STAGES_TWO,
+            "davit_tiny": {"depths": (1, 1, 2, 1)},
+            "edgenext_small": _STAGES_TWO,
+            # timm takes no other depth for these.
+            "mixer_b16_224": {},
+            "mvitv2_tiny": {},
+            "focalnet_tiny_srf": {},
+        }.items()
     },
 }
 """With `MODELS`, those of `--models all`."""
