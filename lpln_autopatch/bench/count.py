@@ -80,7 +80,7 @@ def _count(
         yield Row(case, STOCK.name, reason=str(error))  # of the default: its package is not here
         return
     if shallow and entry.shallow:
-        case["of"] = ", ".join(f"{key} {value}" for key, value in entry.shallow.items())
+        case["of"] = entry.depth
     measure = compiled.count if mode == "compiled" else _eager
 
     def check(contender: Contender) -> dict[str, Figure]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -36,6 +36,11 @@ class Entry:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shallow: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     norms: str = "layer_norm"
+
+    @property
+    def depth(self) -> str:
+        """`shallow` in words."""
+        return ", ".join(dict.fromkeys(_words(self.shallow)))
 
     def build(self, shallow: bool = False) -> torch.nn.Module:
         """The model, on meta: its weights take no memory.
@@ -69,6 +74,14 @@ class Entry:
         make = getattr(model, "make_batch", batch_of)
         batch: dict[str, Any] = make(model, self.batch, self.length, device)
         return batch
+
+
+def _words(config: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _words(value)
+        else:
+            yield f"{name} {value}"
 
 
 def _of_transformers(name: str, config: Mapping[str, Any]) -> torch.nn.Module:
