@@ -179,6 +179,23 @@ _PYTHIA = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 
 _PYTHIA |= {"intermediate_size": 4096}
 _BLOOM = {"hidden_size": 1024, "n_layer": 24, "n_head": 16}
 _ROBERTA = {"max_position_embeddings": 514}
+_TIMM: dict[str, Mapping[str, Any]] = {
+    "vit_large_patch16_224": {"depth": 3},
+    "deit3_base_patch16_224": {"depth": 3},
+    "eva02_base_patch14_224": {"depth": 3},
+    "cait_s24_224": {"depth": 3},
+    "xcit_small_12_p16_224": {"depth": 3},
+    "swinv2_tiny_window8_256": _STAGES_TWO,
+    "convnext_base": _STAGES_TWO,
+    "maxvit_tiny_tf_224": _STAGES_TWO,
+    "pvt_v2_b2": _STAGES_TWO,
+    "davit_tiny": {"depths": (1, 1, 2, 1)},
+    "edgenext_small": _STAGES_TWO,
+    # timm takes no other depth for these.
+    "mixer_b16_224": {},
+    "mvitv2_tiny": {},
+    "focalnet_tiny_srf": {},
+}
 
 MORE: dict[str, Entry] = {
     "roberta-base": Entry("transformers:RobertaConfig", 32, 512, _ROBERTA, _THREE),
@@ -191,26 +208,7 @@ MORE: dict[str, Entry] = {
     "bart-large": Entry("transformers:BartConfig", 8, 512, {}, _CODERS_THREE),
     "beit-b16": Entry("transformers:BeitConfig", 64, 0, _1000, _THREE),
     "siglip-b16": Entry("transformers:SiglipConfig", 64, 512, {}, _BOTH_THREE),
-    **{
-        name: Entry(f"timm:{name}", 64, 0, {}, shallow)
-        for name, shallow in {
-            "vit_large_patch16_224": {"depth": 3},
-            "deit3_base_patch16_224": {"depth": 3},
-            "eva02_base_patch14_224": {"depth": 3},
-            "cait_s24_224": {"depth": 3},
-            "xcit_small_12_p16_224": {"depth": 3},
-            "swinv2_tiny_window8_256": _STAGES_TWO,
-            "convnext_base": _STAGES_TWO,
-            "maxvit_tiny_tf_224": _STAGES_TWO,
-            "pvt_v2_b2": _STAGES_TWO,
-            "davit_tiny": {"depths": (1, 1, 2, 1)},
-            "edgenext_small": _STAGES_TWO,
-            # timm takes no other depth for these.
-            "mixer_b16_224": {},
-            "mvitv2_tiny": {},
-            "focalnet_tiny_srf": {},
-        }.items()
-    },
+    **{name: Entry(f"timm:{name}", 64, 0, {}, shallow) for name, shallow in _TIMM.items()},
 }
 """With `MODELS`, those of `--models all`."""
 
