@@ -25,7 +25,8 @@ def on_page_content(html, page, config, **_):
     if page.file.src_path != "api.md":
         return html
     names = "|".join(re.findall(r'id="lpln_autopatch\.(\w+)"', html))
-    html = re.sub(rf"<code>({names})</code>", r'<a href="#lpln_autopatch.\1">\g<0></a>', html)
+    link = r'<a href="#lpln_autopatch.\1">\g<0></a>'
+    html = re.sub(rf"(?<!<b>)<code>({names})</code>", link, html)
     for title, path in (item for entry in config.nav for item in entry.items()):
         html = html.replace(f"docs/{path}", f'<a href="../{Path(path).stem}/">{title}</a>')
     return html

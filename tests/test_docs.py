@@ -2,8 +2,8 @@
 
     python   as a script: each block is a whole program. `make test-frameworks` runs those that
              import a library which is not installed here.
-    bash     in a folder where train.py is docs/examples/train.py, with fewer steps. `make` only
-             shows what it would do: CI runs its targets.
+    bash     in a folder where train.py is docs/examples/train.py, small and with few steps.
+             `make` only shows what it would do: CI runs its targets.
     text     the output of the block before it: that one must print these lines, in which a version
              or a number with a point or an exponent stands for any such.
     toml     is parsed.
@@ -41,7 +41,7 @@ BLOCK = re.compile(
 )
 TRAIN = f"""
 import runpy, sys
-sys.argv += ["--steps", "20"]
+sys.argv += "--steps 6 --layers 1 --context 32".split()
 runpy.run_path({str(ROOT / "docs" / "examples" / "train.py")!r}, run_name="__main__")
 """
 
