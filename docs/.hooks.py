@@ -1,4 +1,4 @@
-"""What MkDocs calls: README and CHANGELOG are pages of the site too.
+"""What MkDocs calls: README and CHANGELOG are pages of the site too, and docstrings have links.
 
 The repository's top folder and docs/ are one folder there, so links between the two are changed.
 """
@@ -18,3 +18,15 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, **_):
     return re.sub(r"\]\((docs|\.\.)/", "](", markdown)
+
+
+def on_page_content(html, page, config, **_):
+    """On the API's page, link the names and the pages of docs/ that docstrings mention."""
+    if page.file.src_path != "api.md":
+        return html
+    names = "|".join(re.findall(r'id="lpln_autopatch\.(\w+)"', html))
+    link = r'<a href="#lpln_autopatch.\1">\g<0></a>'
+    html = re.sub(rf"(?<!<b>)<code>({names})</code>", link, html)
+    for title, path in (item for entry in config.nav for item in entry.items()):
+        html = html.replace(f"docs/{path}", f'<a href="../{Path(path).stem}/">{title}</a>')
+    return html

@@ -2,8 +2,8 @@
 
     python   as a script: each block is a whole program. `make test-frameworks` runs those that
              import a library which is not installed here.
-    bash     in a folder where train.py is docs/examples/train.py, with fewer steps. `make` only
-             shows what it would do: CI runs its targets.
+    bash     in a folder where train.py is docs/examples/train.py, small and with few steps.
+             `make` only shows what it would do: CI runs its targets.
     text     the output of the block before it: that one must print these lines, in which a version
              or a number with a point or an exponent stands for any such.
     toml     is parsed.
@@ -23,6 +23,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from support import ROOT, needs_library
@@ -40,7 +41,7 @@ BLOCK = re.compile(
 )
 TRAIN = f"""
 import runpy, sys
-sys.argv += ["--steps", "20"]
+sys.argv += "--steps 6 --layers 1 --context 32".split()
 runpy.run_path({str(ROOT / "docs" / "examples" / "train.py")!r}, run_name="__main__")
 """
 
@@ -214,6 +215,50 @@ def test_a_version_and_a_measured_number_stand_for_any(tmp_path):
     )
     (block,) = blocks_of(page)
     test_block_runs_and_prints_what_follows_it(block, tmp_path)
+
+
+def test_readme_names_the_blocks_that_are_not_run():
+    """Each block that is only parsed is of a kind that the README names, and each kind has one."""
+    readme = (ROOT / "README.md").read_text()
+    (sentence,) = re.findall(r"Only parsed are those with ([^;]+);", readme)
+    kinds = re.findall(r"`([^`]+)`", sentence)
+    parsed = [block for block in BLOCKS if block.reason is not None]
+    for block in parsed:
+        assert any(kind in block.code for kind in kinds), str(block)
+    for kind in kinds:
+        assert any(kind in block.code for block in parsed), kind
+
+
+def test_readme_is_short():
+    """What is longer is in docs/."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_link_text_says_where_it_leads(page):
+    """No link is called "here", or by the bare name of a file or address."""
+    says_nothing = re.compile(r"(click )?here|this( page)?|link|more|how|\S+\.\w+|\S+/\S*", re.I)
+    for text in re.findall(r"(?<!!)\[([^]]+)\]\(", page.read_text()):
+        assert not says_nothing.fullmatch(text)
+
+
+def test_figure_can_be_read_on_a_phone():
+    """No wider than its page; its letters have 10 pixels where 358 are left of 390."""
+    svg = ElementTree.parse(ROOT / "docs" / "how-it-works.svg").getroot()
+    width = float(svg.attrib["viewBox"].split()[2])
+    assert "height" not in svg.attrib
+    assert 358 <= float(svg.attrib["width"]) <= 700
+    sizes = re.findall(r"font-size[:=] *\"?(\d+)", ElementTree.tostring(svg, encoding="unicode"))
+    assert min(map(float, sizes)) * 358 / width >= 10
+
+
+def test_map_for_contributors_names_what_there_is():
+    """Every file and folder of its table is in the package."""
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    names = re.findall(r"^\| `([\w./]+(?:\.py|/))` \|", page, re.MULTILINE)
+    assert len(names) > 10
+    for name in names:
+        assert (ROOT / "lpln_autopatch" / name).exists(), name
 
 
 @pytest.mark.parametrize("name", lpln_autopatch.__all__)

@@ -24,15 +24,25 @@ def test_public_name_is_on_the_api_page(name):
 def test_integrations_are_on_the_api_page():
     """Those that need a framework too, which is not installed where the site is built."""
     page = (SITE / "api" / "index.html").read_text()
-    for path in (ROOT / "lpln_autopatch" / "integrations").glob("[!_]*.py"):
-        assert f'id="lpln_autopatch.integrations.{path.stem}"' in page, path
+    for path in (ROOT / "lpln_autopatch" / "integrations").glob("*.py"):
+        if re.search("^(class|def) LowPrecisionLayerNorm", path.read_text(), re.MULTILINE):
+            name = f"lpln_autopatch.integrations.{path.stem}.LowPrecisionLayerNorm"
+            assert f'id="{name}"' in page
+
+
+def test_docstrings_link_the_names_and_pages_that_they_mention():
+    """No path of a file stands as dead text, and "as for `enable`" leads to it."""
+    page = (SITE / "api" / "index.html").read_text()
+    assert not re.findall(r"docs/\w[\w-]*\.md", page)
+    assert '<a href="../activation/">Activation</a>' in page
+    assert 'As for <a href="#lpln_autopatch.enable"><code>enable</code></a>' in page
 
 
 def test_readme_is_the_home_page():
-    """The README's links to docs/ lead to pages of the site."""
+    """The README's links to docs/ and to the changelog lead to pages of the site."""
     page = (SITE / "index.html").read_text()
-    assert '<a href="numerics/">docs/numerics.md</a>' in page
-    assert '<a href="CHANGELOG/">CHANGELOG</a>' in page
+    assert '<a href="numerics/">Numerics</a>' in page
+    assert '<a href="CHANGELOG/">changelog</a>' in page
 
 
 def test_readers_fetch_nothing_from_elsewhere():
