@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lpln_autopatch.backends import native
+from lpln_autopatch.backends.autograd import can_be_saved
 from lpln_autopatch.torch_compat import (
     autocast_disabled,
     forward_mode_is_on,
@@ -80,44 +81,15 @@ def normalise(
     bias: torch.Tensor | None,
     eps: float,
     dtype: torch.dtype,
+    **options: bool,
 ) -> torch.Tensor:
-    """Normalise `x` with apex's kernel where that can, natively elsewhere.
+    """The apex `Backend`: its kernel where that can, natively elsewhere.
 
-    Arguments and result are those of `lpln_autopatch.backends.Backend`; x, weight and bias are
-    rounded to `dtype` first.
+    x, weight and bias are rounded to `dtype` first. `options` are those of apex's functions.
 
     Source:
         NVIDIA apex, `fused_layer_norm_affine` and `fused_layer_norm`.
     """
-    return _normalise(x, normalized_shape, weight, bias, eps, dtype)
-
-
-def normalise_memory_efficient(
-    x: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """`normalise`, with apex's `memory_efficient`: the output is kept for backward, not x.
-
-    Source:
-        NVIDIA apex, pull request 1715. A weight that is smaller than eps counts as eps in its
-        backward: the gradient of such a weight is wrong.
-    """
-    return _normalise(x, normalized_shape, weight, bias, eps, dtype, memory_efficient=True)
-
-
-def _normalise(
-    x: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    **options: bool,
-) -> torch.Tensor:
     if not _takes(x, weight, bias, dtype):
         return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
     # Here, not at the top: torch and CUDA must be up before its extension loads.
@@ -135,6 +107,16 @@ def _normalise(
     return y
 
 
+def normalise_memory_efficient(*call: Any, **named: Any) -> torch.Tensor:
+    """`normalise`, with apex's `memory_efficient`: the output is kept for backward, not x.
+
+    Source:
+        NVIDIA apex, pull request 1715. A weight that is smaller than eps counts as eps in its
+        backward: the gradient of such a weight is wrong.
+    """
+    return normalise(*call, **named, memory_efficient=True)
+
+
 def _takes(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> bool:
@@ -149,12 +131,9 @@ def _takes(
         # and its extension reads memory, which a fake tensor has not got.
         and not something_intercepts_operators()
         and not forward_mode_is_on()
-        and not any(t is not None and _is_beyond_it(t) for t in (x, weight, bias))
-    )
-
-
-def _is_beyond_it(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` has a `__torch_dispatch__`, or autograd cannot save it for backward."""
-    return getattr(type(tensor), "__torch_dispatch__", None) is not _NO_DISPATCH or (
-        tensor.is_inference() and torch.is_grad_enabled()
+        and all(
+            t is None
+            or (getattr(type(t), "__torch_dispatch__", None) is _NO_DISPATCH and can_be_saved(t))
+            for t in (x, weight, bias)
+        )
     )

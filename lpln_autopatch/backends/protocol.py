@@ -1,4 +1,4 @@
-"""What every backend is: the function that normalises a lowered call."""
+"""What every backend is, and the arguments that all of them have."""
 
 from __future__ import annotations
 

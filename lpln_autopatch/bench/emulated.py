@@ -132,7 +132,7 @@ def accelerator() -> Iterator[Policy]:
     Raises:
         MissingPart: this torch cannot.
     """
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     add_device()
     new: Any = torch.library.Library
@@ -142,11 +142,9 @@ def accelerator() -> Iterator[Policy]:
     try:
         # lean as on CUDA, with weights from which the input can be recovered, as those of a new
         # model can: here nothing can be read to count them.
-        plain = (*lean._PLAIN, FakeTensor)
         with (
-            mock.patch.object(lean, "_PLAIN", plain),
-            mock.patch.object(lean.recovery, "countable", lambda weight: weight),
-            mock.patch.object(lean.recovery, "_are_few", return_value=True),
+            mock.patch.object(lean, "takes", return_value=True),
+            mock.patch.object(lean, "counter", return_value=lambda mask, reserved: True),
             policy(NAME) as chosen,
             FakeTensorMode(allow_non_fake_inputs=True),
         ):

@@ -21,12 +21,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, MutableMapping
+from typing import NamedTuple
 
 import torch
-
-if TYPE_CHECKING:
-    from collections.abc import MutableMapping
 
 WORST_RATIO = 6
 """xhat can be recovered where |bias| is at most this many times |weight|: dweight is 1 % off."""
@@ -55,7 +53,11 @@ class Normalised(NamedTuple):
     rstd: torch.Tensor
 
 
-def keep(call: Normalised, parameter: torch.nn.Parameter | None) -> tuple[torch.Tensor | None, ...]:
+AreFew = Callable[[torch.Tensor, int], bool]
+"""Whether the features that cannot be recovered, a mask of all, are at most as many as these."""
+
+
+def keep(call: Normalised, are_few: AreFew | None) -> tuple[torch.Tensor | None, ...]:
     """What `recover` takes: y, or xhat in y's dtype, and how to get xhat from it.
 
     Always as many tensors of the same shapes for the same call, and nothing else says which:
@@ -64,12 +66,12 @@ def keep(call: Normalised, parameter: torch.nn.Parameter | None) -> tuple[torch.
 
     Args:
         call: The call of the norm.
-        parameter: What its weight was made of, or None where nothing is counted.
+        are_few: What `counter` gives for its weight.
     """
     y, x, weight, bias, mean, rstd = call
     if weight is None and bias is None:
         return y, None, None, None, None
-    if weight is None or parameter is None:
+    if weight is None or are_few is None:
         return _xhat(x, mean, rstd, y.dtype), None, None, None, None
     scale = weight.flatten().float()
     shift = torch.zeros_like(scale) if bias is None else bias.flatten().float()
@@ -80,7 +82,7 @@ def keep(call: Normalised, parameter: torch.nn.Parameter | None) -> tuple[torch.
     worst = recoverability.topk(reserved, largest=False, sorted=False).indices
     rows = x.reshape(-1, scale.numel()).index_select(1, worst)
     columns = _xhat(rows, mean.view(-1, 1), rstd.view(-1, 1), y.dtype)
-    if not _are_few(parameter, recoverability < 1 / WORST_RATIO, reserved):
+    if not are_few(recoverability < 1 / WORST_RATIO, reserved):
         kept, shift, inverse = _xhat(x, mean, rstd, y.dtype), shift * 0, torch.ones_like(scale)
     else:
         # Where y is noise alone 0 is the better guess.
@@ -108,20 +110,23 @@ def recover(
     return xhat.index_copy_(1, worst, columns.float()).view(kept.shape)
 
 
-def countable(weight: torch.Tensor | None) -> torch.nn.Parameter | None:
-    """`weight`, if it can be counted which of its features cannot be recovered."""
+def counter(weight: torch.Tensor | None) -> AreFew | None:
+    """What counts the features that cannot be recovered with `weight`, or None if nothing can."""
     if not isinstance(weight, torch.nn.Parameter):
         return None  # a new tensor for each call, as a replica's is, would wait each time
     if weight.is_cuda:
-        return None if torch.cuda.is_current_stream_capturing() else weight
-    return weight if weight.is_cpu else None
+        capturing = torch.cuda.is_current_stream_capturing()
+        return None if capturing else functools.partial(_were_few, weight)
+    return _are_few if weight.is_cpu else None
 
 
-def _are_few(parameter: torch.nn.Parameter, unrecoverable: torch.Tensor, reserved: int) -> bool:
-    """Whether the features that cannot be recovered are among the `reserved` ones."""
+def _are_few(unrecoverable: torch.Tensor, reserved: int) -> bool:
+    return unrecoverable.sum(dtype=torch.int32).item() <= reserved
+
+
+def _were_few(parameter: torch.nn.Parameter, unrecoverable: torch.Tensor, reserved: int) -> bool:
+    """Whether they were by the last count of this `parameter` that has arrived on the host."""
     count = unrecoverable.sum(dtype=torch.int32)
-    if _can_be_read_at_once(count):
-        return count.item() <= reserved
     counts = _counts()
     arrived = counts.get(parameter)
     if arrived is None:
@@ -142,10 +147,6 @@ def _counts() -> MutableMapping[torch.Tensor, torch.Tensor]:
     counts: MutableMapping[torch.Tensor, torch.Tensor]
     counts = importlib.import_module("torch.utils.weak").WeakTensorKeyDictionary()
     return counts
-
-
-def _can_be_read_at_once(count: torch.Tensor) -> bool:
-    return count.is_cpu
 
 
 def _pinned(count: torch.Tensor) -> torch.Tensor:
