@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lpln_autopatch.backends import native
 from lpln_autopatch.backends.autograd import can_be_saved
+from lpln_autopatch.backends.protocol import Affine, Backend, Shape
 from lpln_autopatch.torch_compat import (
     autocast_disabled,
     forward_mode_is_on,
     something_intercepts_operators,
 )
-
-if TYPE_CHECKING:
-    from lpln_autopatch.backends.protocol import Backend
 
 _BUILD = (
     "Build it from source: git clone https://github.com/NVIDIA/apex, and in that folder "
@@ -28,7 +26,7 @@ _BUILD = (
 )
 
 # What a class has that lets PyTorch's operators run on its tensors as they are.
-_NO_DISPATCH = getattr(torch.Tensor, "__torch_dispatch__", None)
+_NO_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
 
 
 def load() -> Backend:
@@ -75,14 +73,14 @@ def _find() -> Path:
 
 
 def normalise(
-    x: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    x: Tensor,
+    normalized_shape: Shape,
+    weight: Affine,
+    bias: Affine,
     eps: float,
     dtype: torch.dtype,
     **options: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """The apex `Backend`: its kernel where that can, natively elsewhere.
 
     x, weight and bias are rounded to `dtype` first. `options` are those of apex's functions.
@@ -95,7 +93,7 @@ def normalise(
     # Here, not at the top: torch and CUDA must be up before its extension loads.
     fused = importlib.import_module("apex.normalization.fused_layer_norm")
     shape = tuple(normalized_shape)
-    y: torch.Tensor
+    y: Tensor
     # apex casts by itself, but only to what CUDA autocast says and only if it is on.
     with autocast_disabled():
         x = x.to(dtype=dtype)
@@ -107,7 +105,7 @@ def normalise(
     return y
 
 
-def normalise_memory_efficient(*call: Any, **named: Any) -> torch.Tensor:
+def normalise_memory_efficient(*call: Any, **named: Any) -> Tensor:
     """`normalise`, with apex's `memory_efficient`: the output is kept for backward, not x.
 
     Source:
@@ -117,9 +115,7 @@ def normalise_memory_efficient(*call: Any, **named: Any) -> torch.Tensor:
     return normalise(*call, **named, memory_efficient=True)
 
 
-def _takes(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype
-) -> bool:
+def _takes(x: Tensor, weight: Affine, bias: Affine, dtype: torch.dtype) -> bool:
     return (
         x.is_cuda
         # The others are rounded twice by a kernel of one dtype.

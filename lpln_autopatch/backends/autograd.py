@@ -9,21 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from lpln_autopatch.backends.protocol import Affine, Shape
 from lpln_autopatch.torch_compat import forward_mode_is_on, never_a_frame_of_its_own
 
-PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 operator = torch.ops.aten.native_layer_norm_backward.default
 
 
-def takes(
-    x: torch.Tensor,
-    shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> bool:
+def takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine) -> bool:
     """Whether an autograd function can take this call of a `Backend`; native takes every one."""
     # PyTorch's own error for an integer, for another shape and for none.
     shape = tuple(shape) if isinstance(shape, Sequence) else ()
@@ -51,25 +48,25 @@ def takes(
     )
 
 
-def can_be_saved(x: torch.Tensor) -> bool:
-    """Whether autograd can save `x`. Of an inference tensor, a float32 copy, as stock makes one."""
+def can_be_saved(x: Tensor) -> bool:
+    """Whether autograd can save `x`: not an inference tensor, of which stock makes a copy."""
     return not (x.is_inference() and torch.is_grad_enabled())
 
 
-def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd is to record a call with these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    shape: Sequence[int],
-    weight: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    dy: Tensor,
+    x: Tensor,
+    shape: Shape,
+    weight: Affine,
+    mean: Tensor,
+    rstd: Tensor,
     wanted: Sequence[bool],
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, weight and bias in float32; autograd casts each to its tensor's dtype.
 
     In operators of PyTorch's, which know their own derivatives.
@@ -91,7 +88,7 @@ def backward(
     return dx, dweight, dbias
 
 
-def scale_of(x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None) -> torch.Tensor:
+def scale_of(x: Tensor, shape: Shape, weight: Affine) -> Tensor:
     """`weight` in float32, or ones for none.
 
     Without a float32 parameter PyTorch's mixed kernel on CPU rounds mean and rstd, and with a bias
@@ -100,33 +97,46 @@ def scale_of(x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None)
     return x.new_ones(tuple(shape), dtype=torch.float32) if weight is None else weight.float()
 
 
-def stand_in_for(x: torch.Tensor) -> torch.Tensor | None:
+def stand_in_for(x: Tensor) -> Tensor | None:
     """What stands for an `x` that is not kept, in the graph of a second derivative.
 
     A tensor of its shape, in four bytes, whose gradient is that of `x`. None if that wants none.
     """
     if not x.requires_grad:
         return None
-    stand_in: torch.Tensor = _StandIn.apply(x)  # type: ignore[no-untyped-call]
+    stand_in: Tensor = _StandIn.apply(x)  # type: ignore[no-untyped-call]
     return stand_in
 
 
-def in_place_of(stand_in: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+def in_place_of(stand_in: Tensor | None, value: Tensor) -> Tensor:
     """`value`, whose gradient goes to `stand_in`, if that is not None and gradients are on."""
-    return value + stand_in if stand_in is not None and torch.is_grad_enabled() else value
+    if stand_in is None or not torch.is_grad_enabled():
+        return value
+    result: Tensor = _InPlaceOf.apply(value, stand_in)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _StandIn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)  # in a first derivative it has none: no zeros, no sum
-        return x.new_zeros((), dtype=torch.float32).expand(x.shape)
+        return x.new_empty((), dtype=torch.float32).expand(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor | None) -> torch.Tensor | None:
+    def backward(ctx: Any, gradient: Tensor | None) -> Tensor | None:
         return gradient  # autograd casts it to the dtype of x
 
 
+class _InPlaceOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, stand_in: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
+
 never_a_frame_of_its_own(can_be_saved)
-for _function in (takes, _StandIn.backward):
+for _function in (takes, _StandIn.backward, _InPlaceOf.backward):
     never_a_frame_of_its_own(_function, nor_what_it_calls=True)

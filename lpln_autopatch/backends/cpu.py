@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lpln_autopatch.backends import autograd
+from lpln_autopatch.backends.protocol import Affine, Shape
 from lpln_autopatch.torch_compat import (
     CPU_TAKES_MIXED_DTYPES,
     autocast_disabled,
@@ -32,13 +34,7 @@ less, and the float32 copy that it keeps is below 2 MiB.
 _BLOCK = 1 << 18  # elements of what is copied to float32 at a time: two copies fit into a cache
 
 
-def takes(
-    x: torch.Tensor,
-    shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> bool:
+def takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine, dtype: torch.dtype) -> bool:
     """Whether `normalise` takes this call of a `Backend`, whether or not gradients are wanted."""
     return (
         x.is_cpu
@@ -50,27 +46,17 @@ def takes(
     )
 
 
-def normalise(
-    x: torch.Tensor,
-    shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
+def normalise(x: Tensor, shape: Shape, weight: Affine, bias: Affine, eps: float) -> Tensor:
     """Normalise what `takes` takes, with the same values whether or not gradients are wanted."""
     if autograd.wants_gradient(x, weight, bias):
-        y: torch.Tensor = _LayerNorm.apply(x, shape, weight, bias, eps)  # type: ignore[no-untyped-call]
+        y: Tensor = _LayerNorm.apply(x, shape, weight, bias, eps)  # type: ignore[no-untyped-call]
         return y
     return _forward(x, shape, weight, bias, eps)[0]
 
 
 def _forward(
-    x: torch.Tensor,
-    shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: Tensor, shape: Shape, weight: Affine, bias: Affine, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """y in the dtype of x, mean and rstd in float32."""
     scale, shift = autograd.scale_of(x, shape, weight), None if bias is None else bias.float()
     # Outside of autocast, as the other backends: tests put CUDA's lists, which promote it, on CPU.
@@ -81,20 +67,15 @@ def _forward(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        shape: Sequence[int],
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        eps: float,
-    ) -> torch.Tensor:
+        ctx: Any, x: Tensor, shape: Shape, weight: Affine, bias: Affine, eps: float
+    ) -> Tensor:
         y, mean, rstd = _forward(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.shape = shape
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
         # What is differentiated again, or mapped over, must not be written into.
@@ -111,14 +92,14 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def _backward_in_blocks(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    shape: Sequence[int],
-    weight: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    dy: Tensor,
+    x: Tensor,
+    shape: Shape,
+    weight: Affine,
+    mean: Tensor,
+    rstd: Tensor,
     wanted: Sequence[bool],
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`autograd.backward` for a `dy` in the dtype of `x`, without a float32 copy of the whole.
 
     The mixed kernel rounds the gradient of x once. Only the sums over rows need float32.
@@ -128,7 +109,7 @@ def _backward_in_blocks(
     if wanted[0]:
         mask = [True, False, False]
         dx = autograd.operator(dy, x, shape, mean, rstd, scale, scale, mask)[0]
-    sums: list[torch.Tensor | None] = [None, None]
+    sums: list[Tensor | None] = [None, None]
     if wanted[1] or wanted[2]:
         n = math.prod(shape)
         tensors = ((dy, n), (x, n), (mean, 1), (rstd, 1))

@@ -6,12 +6,14 @@ makes the whole call 6 % slower (torch 2.13, 8x64 on CPU).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from lpln_autopatch.backends import cpu
 from lpln_autopatch.backends.autograd import can_be_saved
+from lpln_autopatch.backends.protocol import Affine, Shape
 from lpln_autopatch.torch_compat import (
     CUDA_NORMALISES_BFLOAT16,
     GRAPHS_KEEP_ROUNDED_INPUTS,
@@ -20,18 +22,13 @@ from lpln_autopatch.torch_compat import (
     never_a_frame_of_its_own,
 )
 
-Operator = Callable[..., torch.Tensor]
+Operator = Callable[..., Tensor]
 """A norm as PyTorch has it: of x, its second argument, weight, bias and eps."""
 
 
 def normalise(
-    x: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+    x: Tensor, normalized_shape: Shape, weight: Affine, bias: Affine, eps: float, dtype: torch.dtype
+) -> Tensor:
     """The native `Backend`: PyTorch's LayerNorm, as `lower` runs it."""
     if cpu.takes(x, normalized_shape, weight, bias, dtype):
         return cpu.normalise(x, normalized_shape, weight, bias, eps)
@@ -41,13 +38,13 @@ def normalise(
 
 def lower(
     operator: Operator,
-    x: torch.Tensor,
+    x: Tensor,
     what: object,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight: Affine,
+    bias: Affine,
     eps: float | None,
     dtype: torch.dtype,
-) -> torch.Tensor:
+) -> Tensor:
     """Run any norm in the autocast dtype: in float32, rounded once, or in low precision.
 
     On CPU nothing is rounded before the output: closer than Composer's recipe, and faster, with
@@ -93,7 +90,7 @@ def lower(
     return operator(x.float(), what, _cast(weight, f32), _cast(bias, f32), eps).to(dtype=dtype)
 
 
-def _cast(parameter: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+def _cast(parameter: Affine, dtype: torch.dtype) -> Affine:
     # Autocast does not touch float64 either: such a parameter gets PyTorch's own error.
     if parameter is None or parameter.dtype is torch.float64:
         return parameter

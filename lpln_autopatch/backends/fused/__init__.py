@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lpln_autopatch.backends import autograd, native
+from lpln_autopatch.backends.protocol import Affine, Backend, Shape
 from lpln_autopatch.torch_compat import (
     TORCH_VERSION,
     forward_mode_is_on,
     never_a_frame_of_its_own,
     something_intercepts_operators,
 )
-
-if TYPE_CHECKING:
-    from lpln_autopatch.backends.protocol import Backend
 
 MAX_FEATURES = 65536
 """The longest row that the kernels take, in elements."""
@@ -59,13 +57,8 @@ def _launch() -> Any:
 
 
 def normalise(
-    x: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+    x: Tensor, normalized_shape: Shape, weight: Affine, bias: Affine, eps: float, dtype: torch.dtype
+) -> Tensor:
     """The fused `Backend`: one kernel where it can, natively elsewhere. `_takes` has the rule.
 
     Nothing but the output is rounded: it is the float32 result, rounded once. The gradients of a
@@ -74,7 +67,7 @@ def normalise(
     if not _takes(x, normalized_shape, weight, bias):
         return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
     arguments = x, len(normalized_shape), weight, bias, eps, dtype
-    y: torch.Tensor
+    y: Tensor
     if autograd.wants_gradient(x, weight, bias):
         keeps_xhat = x.dtype is torch.float32 and dtype is not torch.float32
         stand_in = autograd.stand_in_for(x) if keeps_xhat else None
@@ -84,12 +77,7 @@ def normalise(
     return y
 
 
-def _takes(
-    x: torch.Tensor,
-    shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> bool:
+def _takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine) -> bool:
     return (
         (x.is_cuda or (x.is_cpu and _launch().INTERPRETED))
         # A TorchDispatchMode (FakeTensorMode, ...) would not see the kernels.
@@ -102,7 +90,7 @@ def _takes(
     )
 
 
-def _is_what_lies_in_memory(tensor: torch.Tensor) -> bool:
+def _is_what_lies_in_memory(tensor: Tensor) -> bool:
     """Whether `tensor` is no subclass, negative view, zero without memory, batch, ..."""
     keys = torch._C._dispatch_keys(tensor).raw_repr()
     return type(tensor) in autograd.PLAIN and keys in _plain_keys(tensor.is_cuda)
@@ -121,26 +109,26 @@ class _FusedLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
+        x: Tensor,
         n_dims: int,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        weight: Affine,
+        bias: Affine,
         eps: float,
         dtype: torch.dtype,
         keeps_xhat: bool,
-        stand_in: torch.Tensor | None,
-    ) -> torch.Tensor:
+        stand_in: Tensor | None,
+    ) -> Tensor:
         statistics = x.new_empty((2, x.shape[:-n_dims].numel()), dtype=torch.float32)
         xhat = None
         if keeps_xhat:
             xhat = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-        y: torch.Tensor = _launch().forward(x, n_dims, weight, bias, eps, dtype, statistics, xhat)
+        y: Tensor = _launch().forward(x, n_dims, weight, bias, eps, dtype, statistics, xhat)
         ctx.save_for_backward(x if xhat is None else xhat, weight, bias, statistics)
         ctx.n_dims, ctx.is_xhat, ctx.stand_in = n_dims, keeps_xhat, stand_in
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, statistics = ctx.saved_tensors
         n_dims, is_xhat = ctx.n_dims, ctx.is_xhat
         wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3)]

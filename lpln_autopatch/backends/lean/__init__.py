@@ -9,24 +9,22 @@ is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lpln_autopatch.backends import autograd, native
 from lpln_autopatch.backends.autograd import takes
 from lpln_autopatch.backends.lean import recovery
 from lpln_autopatch.backends.lean.recovery import counter
+from lpln_autopatch.backends.protocol import Affine, Backend, Shape
 from lpln_autopatch.torch_compat import (
     TORCH_VERSION,
     autocast_disabled,
     never_a_frame_of_its_own,
     run_while_compiling,
 )
-
-if TYPE_CHECKING:
-    from lpln_autopatch.backends.protocol import Backend
 
 
 def load() -> Backend:
@@ -44,13 +42,8 @@ def load() -> Backend:
 
 
 def normalise(
-    x: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+    x: Tensor, normalized_shape: Shape, weight: Affine, bias: Affine, eps: float, dtype: torch.dtype
+) -> Tensor:
     """The lean `Backend`: keeps no x for backward where it can, and is native elsewhere.
 
     Nothing but the output is rounded, except that CUDA's kernel takes an x in the autocast dtype
@@ -61,17 +54,12 @@ def normalise(
     arguments = x, tuple(normalized_shape), weight, bias, eps, dtype
     if not autograd.wants_gradient(x, weight, bias):
         return _normalise(*arguments).y
-    y: torch.Tensor = _LeanLayerNorm.apply(*arguments, autograd.stand_in_for(x))  # type: ignore[no-untyped-call]
+    y: Tensor = _LeanLayerNorm.apply(*arguments, autograd.stand_in_for(x))  # type: ignore[no-untyped-call]
     return y
 
 
 def _normalise(
-    x: torch.Tensor,
-    shape: tuple[int, ...],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
+    x: Tensor, shape: Shape, weight: Affine, bias: Affine, eps: float, dtype: torch.dtype
 ) -> recovery.Normalised:
     # CUDA's kernel wants one dtype, and gives float32 statistics for it; those of other devices
     # may give them in low precision.
@@ -87,14 +75,14 @@ class _LeanLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        shape: tuple[int, ...],
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        x: Tensor,
+        shape: Shape,
+        weight: Affine,
+        bias: Affine,
         eps: float,
         dtype: torch.dtype,
-        stand_in: torch.Tensor | None,
-    ) -> torch.Tensor:
+        stand_in: Tensor | None,
+    ) -> Tensor:
         normalised = _normalise(x, shape, weight, bias, eps, dtype)
         with autocast_disabled():
             kept = recovery.keep(normalised, counter(weight))
@@ -103,7 +91,7 @@ class _LeanLayerNorm(torch.autograd.Function):
         return normalised.y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *kept, rstd, weight = ctx.saved_tensors
         with torch.no_grad():
             x = recovery.recover(*kept).div_(rstd)  # but for its mean, on which nothing depends
@@ -116,16 +104,11 @@ class _LeanLayerNorm(torch.autograd.Function):
 
 
 def normalise_in_a_graph(
-    x: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+    x: Tensor, normalized_shape: Shape, weight: Affine, bias: Affine, eps: float, dtype: torch.dtype
+) -> Tensor:
     """The same for compiled code, which keeps no x where y is xhat."""
     if weight is None and bias is None and x.requires_grad and _only_a_first_derivative():
-        y: torch.Tensor = _YIsXhat.apply(x, tuple(normalized_shape), eps, dtype)  # type: ignore[no-untyped-call]
+        y: Tensor = _YIsXhat.apply(x, tuple(normalized_shape), eps, dtype)  # type: ignore[no-untyped-call]
         return y
     return native.lower(torch.layer_norm, x, normalized_shape, weight, bias, eps, dtype)
 
@@ -149,9 +132,7 @@ def _only_a_first_derivative() -> bool:
 
 class _YIsXhat(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, shape: tuple[int, ...], eps: float, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, shape: Shape, eps: float, dtype: torch.dtype) -> Tensor:
         y, _, rstd = torch.native_layer_norm(x.float(), shape, None, None, eps)
         y = y.to(dtype=dtype)
         ctx.save_for_backward(y, rstd)
@@ -159,7 +140,7 @@ class _YIsXhat(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         y, rstd = ctx.saved_tensors
         x, mean = y.float() / rstd, torch.zeros_like(rstd)
         # Without a weight of ones, which a graph would multiply by.

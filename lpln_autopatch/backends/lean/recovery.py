@@ -25,6 +25,9 @@ from collections.abc import Callable, MutableMapping
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from lpln_autopatch.backends.protocol import Affine
 
 WORST_RATIO = 6
 """xhat can be recovered where |bias| is at most this many times |weight|: dweight is 1 % off."""
@@ -45,19 +48,19 @@ class Normalised(NamedTuple):
         rstd: 1 / sqrt(variance + eps) of each row, float32.
     """
 
-    y: torch.Tensor
-    x: torch.Tensor
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    mean: torch.Tensor
-    rstd: torch.Tensor
+    y: Tensor
+    x: Tensor
+    weight: Affine
+    bias: Affine
+    mean: Tensor
+    rstd: Tensor
 
 
-AreFew = Callable[[torch.Tensor, int], bool]
+AreFew = Callable[[Tensor, int], bool]
 """Whether the features that cannot be recovered, a mask of all, are at most as many as these."""
 
 
-def keep(call: Normalised, are_few: AreFew | None) -> tuple[torch.Tensor | None, ...]:
+def keep(call: Normalised, are_few: AreFew | None) -> tuple[Tensor | None, ...]:
     """What `recover` takes: y, or xhat in y's dtype, and how to get xhat from it.
 
     Always as many tensors of the same shapes for the same call, and nothing else says which:
@@ -90,19 +93,17 @@ def keep(call: Normalised, are_few: AreFew | None) -> tuple[torch.Tensor | None,
     return kept, shift, inverse, worst, columns
 
 
-def _xhat(
-    x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def _xhat(x: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
     return (x - mean).mul_(rstd).to(dtype=dtype)
 
 
 def recover(
-    kept: torch.Tensor,
-    shift: torch.Tensor | None,
-    inverse: torch.Tensor | None,
-    worst: torch.Tensor | None,
-    columns: torch.Tensor | None,
-) -> torch.Tensor:
+    kept: Tensor,
+    shift: Tensor | None,
+    inverse: Tensor | None,
+    worst: Tensor | None,
+    columns: Tensor | None,
+) -> Tensor:
     """xhat in float32, a new tensor of the shape of `kept`."""
     if shift is None or inverse is None or worst is None or columns is None:
         return kept.to(dtype=torch.float32, copy=True)
@@ -110,7 +111,7 @@ def recover(
     return xhat.index_copy_(1, worst, columns.float()).view(kept.shape)
 
 
-def counter(weight: torch.Tensor | None) -> AreFew | None:
+def counter(weight: Affine) -> AreFew | None:
     """What counts the features that cannot be recovered with `weight`, or None if nothing can."""
     if not isinstance(weight, torch.nn.Parameter):
         return None  # a new tensor for each call, as a replica's is, would wait each time
@@ -120,11 +121,11 @@ def counter(weight: torch.Tensor | None) -> AreFew | None:
     return _are_few if weight.is_cpu else None
 
 
-def _are_few(unrecoverable: torch.Tensor, reserved: int) -> bool:
+def _are_few(unrecoverable: Tensor, reserved: int) -> bool:
     return unrecoverable.sum(dtype=torch.int32).item() <= reserved
 
 
-def _were_few(parameter: torch.nn.Parameter, unrecoverable: torch.Tensor, reserved: int) -> bool:
+def _were_few(parameter: torch.nn.Parameter, unrecoverable: Tensor, reserved: int) -> bool:
     """Whether they were by the last count of this `parameter` that has arrived on the host."""
     count = unrecoverable.sum(dtype=torch.int32)
     counts = _counts()
@@ -141,14 +142,14 @@ def _were_few(parameter: torch.nn.Parameter, unrecoverable: torch.Tensor, reserv
 
 
 @functools.cache
-def _counts() -> MutableMapping[torch.Tensor, torch.Tensor]:
+def _counts() -> MutableMapping[Tensor, Tensor]:
     """The last count of each parameter that has arrived on the host."""
     # Not at the top: until torch 2.0 there is none.
-    counts: MutableMapping[torch.Tensor, torch.Tensor]
+    counts: MutableMapping[Tensor, Tensor]
     counts = importlib.import_module("torch.utils.weak").WeakTensorKeyDictionary()
     return counts
 
 
-def _pinned(count: torch.Tensor) -> torch.Tensor:
+def _pinned(count: Tensor) -> Tensor:
     """A copy on the host, to which the device can copy while the host goes on. It waits."""
     return torch.empty_like(count, device="cpu", pin_memory=True).copy_(count)
