@@ -23,7 +23,7 @@ operator = torch.ops.aten.native_layer_norm_backward.default
 def takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine) -> bool:
     """Whether an autograd function can take this call of a `Backend`; native takes every one."""
     # PyTorch's own error for an integer, for another shape and for none.
-    shape = tuple(shape) if isinstance(shape, Sequence) else ()
+    shape = tuple(shape) if isinstance(shape, (tuple, list)) else ()
     return (
         type(x) in PLAIN
         and x.dtype in DTYPES

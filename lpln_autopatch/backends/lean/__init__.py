@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lpln_autopatch.backends import autograd, native
-from lpln_autopatch.backends.autograd import takes
+from lpln_autopatch.backends.autograd import takes  # by name: `bench count` replaces these two
 from lpln_autopatch.backends.lean import recovery
 from lpln_autopatch.backends.lean.recovery import counter
 from lpln_autopatch.backends.protocol import Affine, Backend, Shape
@@ -53,14 +53,15 @@ def normalise(
         return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
     arguments = x, tuple(normalized_shape), weight, bias, eps, dtype
     if not autograd.wants_gradient(x, weight, bias):
-        return _normalise(*arguments).y
+        return _normalise(*arguments)[0]
     y: Tensor = _LeanLayerNorm.apply(*arguments, autograd.stand_in_for(x))  # type: ignore[no-untyped-call]
     return y
 
 
 def _normalise(
     x: Tensor, shape: Shape, weight: Affine, bias: Affine, eps: float, dtype: torch.dtype
-) -> recovery.Normalised:
+) -> tuple[Tensor, Tensor, Affine, Affine, Tensor, Tensor]:
+    """y, what the kernel took for x, weight and bias, and mean and rstd of each row."""
     # CUDA's kernel wants one dtype, and gives float32 statistics for it; those of other devices
     # may give them in low precision.
     computed_in = dtype if x.is_cuda and x.dtype is dtype else torch.float32
@@ -68,7 +69,7 @@ def _normalise(
         x = x.to(dtype=computed_in)
         weight, bias = (t if t is None else t.to(dtype=computed_in) for t in (weight, bias))
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
-        return recovery.Normalised(y.to(dtype=dtype), x, weight, bias, mean, rstd)
+        return y.to(dtype=dtype), x, weight, bias, mean, rstd
 
 
 class _LeanLayerNorm(torch.autograd.Function):
@@ -85,10 +86,11 @@ class _LeanLayerNorm(torch.autograd.Function):
     ) -> Tensor:
         normalised = _normalise(x, shape, weight, bias, eps, dtype)
         with autocast_disabled():
-            kept = recovery.keep(normalised, counter(weight))
-        ctx.save_for_backward(*kept, normalised.rstd, weight)
+            kept = recovery.keep(*normalised, counter(weight))
+        y, *_, rstd = normalised
+        ctx.save_for_backward(*kept, rstd, weight)
         ctx.stand_in, ctx.shape = stand_in, shape
-        return normalised.y
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

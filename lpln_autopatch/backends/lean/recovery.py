@@ -22,7 +22,6 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, MutableMapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,31 +35,19 @@ FEATURES_PER_RESERVED = 32
 """Of so many features the xhat of one is kept beside y."""
 
 
-class Normalised(NamedTuple):
-    """A call of the norm.
-
-    Attributes:
-        y: The output, in the autocast dtype.
-        x: Input, as the kernel took it.
-        weight: Scale, the same, or None.
-        bias: Shift, the same, or None.
-        mean: Of each row, float32.
-        rstd: 1 / sqrt(variance + eps) of each row, float32.
-    """
-
-    y: Tensor
-    x: Tensor
-    weight: Affine
-    bias: Affine
-    mean: Tensor
-    rstd: Tensor
-
-
 AreFew = Callable[[Tensor, int], bool]
 """Whether the features that cannot be recovered, a mask of all, are at most as many as these."""
 
 
-def keep(call: Normalised, are_few: AreFew | None) -> tuple[Tensor | None, ...]:
+def keep(
+    y: Tensor,
+    x: Tensor,
+    weight: Affine,
+    bias: Affine,
+    mean: Tensor,
+    rstd: Tensor,
+    are_few: AreFew | None,
+) -> tuple[Tensor | None, ...]:
     """What `recover` takes: y, or xhat in y's dtype, and how to get xhat from it.
 
     Always as many tensors of the same shapes for the same call, and nothing else says which:
@@ -68,10 +55,12 @@ def keep(call: Normalised, are_few: AreFew | None) -> tuple[Tensor | None, ...]:
     what that keeps to the backward of the first run.
 
     Args:
-        call: The call of the norm.
-        are_few: What `counter` gives for its weight.
+        y: The output, in the autocast dtype.
+        x: Input, as the kernel took it, and so are weight and bias.
+        mean: Of each row, float32.
+        rstd: 1 / sqrt(variance + eps) of each row, float32.
+        are_few: What `counter` gives for the weight.
     """
-    y, x, weight, bias, mean, rstd = call
     if weight is None and bias is None:
         return y, None, None, None, None
     if weight is None or are_few is None:
