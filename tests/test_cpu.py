@@ -103,10 +103,13 @@ def test_only_what_is_wanted_gets_a_gradient(takes_all, wanted):
         assert torch.equal(gradient, expected[i])
 
 
-@pytest.mark.parametrize("layout", ["transposed", "expanded upstream", "every second row"])
+@pytest.mark.parametrize(
+    "layout", ["transposed", "expanded upstream", "every second row", "transposed weight"]
+)
 def test_any_strides(takes_all, layout):
-    """Non-contiguous x and upstream give what contiguous ones give."""
+    """Non-contiguous x, weight and upstream give what contiguous ones give."""
     call, upstream = arguments(), torch.randn(SHAPE).to(BF16)
+    weight = call[2]
     x = call[0].detach()
     if layout == "transposed":
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -114,7 +117,9 @@ def test_any_strides(takes_all, layout):
         x = torch.stack([x, x], 2)[:, :, 1]
     if layout == "expanded upstream":
         upstream = torch.ones((), dtype=BF16).expand(SHAPE)
-    y, gradients = run((x.requires_grad_(), *call[1:]), upstream)
+    if layout == "transposed weight":
+        weight = weight.detach().t().contiguous().t().requires_grad_()
+    y, gradients = run((x.requires_grad_(), call[1], weight, *call[3:]), upstream)
     expected, expected_gradients = run(call, upstream.contiguous())
     assert torch.equal(y, expected)
     for got, right in zip(gradients, expected_gradients, strict=True):

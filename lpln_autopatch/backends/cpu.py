@@ -112,12 +112,13 @@ def _backward_in_blocks(
     sums: list[Tensor | None] = [None, None]
     if wanted[1] or wanted[2]:
         n = math.prod(shape)
+        row = scale.reshape(n)
         tensors = ((dy, n), (x, n), (mean, 1), (rstd, 1))
         rows = max(1, _BLOCK // n)
         blocks = (torch.split(t.reshape(-1, size), rows) for t, size in tensors)
         for block_dy, block_x, block_mean, block_rstd in zip(*blocks, strict=True):
             parts = autograd.backward(
-                block_dy, block_x, (n,), scale.view(n), block_mean, block_rstd, [False, *wanted[1:]]
+                block_dy, block_x, (n,), row, block_mean, block_rstd, [False, *wanted[1:]]
             )[1:]
             for i, (total, part) in enumerate(zip(sums, parts, strict=True)):
                 sums[i] = part if total is None or part is None else total.add_(part)

@@ -53,8 +53,9 @@ def lower(
     large one of a LayerNorm never gets here: `cpu` has a better way.)
 
     On an accelerator x and the parameters are rounded first, as Composer does: the kernels there
-    read all three in one dtype, and move fewer bytes in this one. Not what they would round twice,
-    lose too much of, or not take: bfloat16 under an autocast to float16, the reverse, float8.
+    read all three in one dtype, and move fewer bytes in this one. An x that they would round twice,
+    lose too much of, or refuse is normalised in float32: bfloat16 under an autocast to float16, the
+    reverse, float8.
 
     Compiled code rounds a float32 x first, on every device: AOTAutograd keeps the rounded x for
     backward, half the bytes of x itself, and Inductor fuses the casts into the norm's kernels. What
