@@ -1,16 +1,19 @@
-"""What `python -m lpln_autopatch` finds out: what is in force here, by which route, or why not."""
+"""What `python -m lpln_autopatch` finds out: what is in force here, by which route, or why not.
+
+importlib-metadata is imported by what needs it: the doctor is asked where something is missing.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import platform
+import sys
 import warnings
 from typing import TYPE_CHECKING
 
 from lpln_autopatch import autoload
 from lpln_autopatch.precision import Precision
-from lpln_autopatch.routes import Finding, find_routes, installed_version
 
 if TYPE_CHECKING:
     from lpln_autopatch.request import Request
@@ -29,6 +32,22 @@ _MODULES = {"layer_norm": "LayerNorm", "group_norm": "GroupNorm", "rms_norm": "R
 
 
 @dataclasses.dataclass(frozen=True)
+class Finding:
+    """Whether something can be used here.
+
+    Attributes:
+        usable: Whether it can.
+        detail: Why not, or what it is.
+    """
+
+    usable: bool
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{'yes' if self.usable else 'no'}{self.detail and f': {self.detail}'}"
+
+
+@dataclasses.dataclass
 class Diagnosis:
     """The state of this process after `import torch`, as a program that starts like it has it.
 
@@ -61,18 +80,17 @@ class Diagnosis:
     problem: str | None = None
 
     def __str__(self) -> str:
-        in_force = ("precision", "backend", "norms", "source", "installed", "acted")
         values = {**vars(self), "norms": self.norms and ", ".join(self.norms)}
-        sections: dict[str, dict[str, object]] = {
-            "versions": dict(self.versions),
-            "environment": dict(self.environment),
-            "in force": {name: values[name] for name in in_force},
-            "routes": dict(self.routes),
-            "backends": dict(self.backends),
-            "devices": dict.fromkeys(self.devices, ""),
-        }
+        in_force = ("precision", "backend", "norms", "source", "installed", "acted")
         lines = []
-        for title, rows in sections.items():
+        for title, rows in (
+            ("versions", self.versions),
+            ("environment", self.environment),
+            ("in force", {name: values[name] for name in in_force}),
+            ("routes", self.routes),
+            ("backends", self.backends),
+            ("devices", dict.fromkeys(self.devices, "")),
+        ):
             lines += [title] if rows else []
             for name, value in rows.items():
                 lines.append(f"  {name:30} {'-' if value is None else value}".rstrip())
@@ -84,52 +102,95 @@ class Diagnosis:
         if self.problem is not None:
             return f"LPLN_PRECISION does not lower LayerNorm: {self.problem}"
         if self.precision is None:
-            value = self.environment.get("LPLN_PRECISION")
+            value = self.environment["LPLN_PRECISION"]
             how = "is not set" if value is None else f"is {value!r}"
             return f"LPLN_PRECISION {how}: LayerNorm is as PyTorch has it."
-        zero_code = self.source == "environment"
-        by = f"the route {self.acted}" if zero_code else f"{self.source} in this process"
         norms = " and ".join(_MODULES[norm] for norm in self.norms or ())
         verb = "are" if " " in norms else "is"
-        if not Precision(self.precision).ever_engages:
-            return f"{norms} {verb} stock: precision {self.precision} never engages, by {by}."
-        return f"{norms} {verb} lowered: precision {self.precision}, by {by}."
+        zero_code = self.source == "environment"
+        by = f"the route {self.acted}" if zero_code else f"{self.source} in this process"
+        engages = Precision(self.precision).ever_engages
+        outcome, never = ("lowered", "") if engages else ("stock", " never engages")
+        return f"{norms} {verb} {outcome}: precision {self.precision}{never}, by {by}."
 
 
 def diagnose() -> Diagnosis:
     """Import torch, as a program would, and look at what that has done."""
-    common = Diagnosis(
+    found = Diagnosis(
         versions={"python": platform.python_version()},
         environment={name: os.environ.get(name) for name in VARIABLES},
     )
     try:
-        versions = {name: installed_version(name) for name in ("lpln_autopatch", "torch", "wrapt")}
-        common = dataclasses.replace(common, versions={**versions, **common.versions})
-        return _look(common)
+        names = ("lpln_autopatch", "torch", "wrapt")
+        found.versions = {name: _installed_version(name) for name in names} | found.versions
+
+        import torch  # noqa: F401
+
+        from lpln_autopatch import backends, state, status, torch_compat
+
+        now = status()
+        found.precision = str(now.precision) if now.precision else None
+        found.backend, found.norms, found.source = now.backend, now.norms, now.source
+        found.installed, found.acted = now.installed, autoload.acted
+        closed = {
+            "torch.backends": _why_no_entry_point(),
+            "sitecustomize": _why_no_sitecustomize(),
+            "autowrapt": _why_no_autowrapt(),
+        }
+        found.routes = {route: Finding(not why, why) for route, why in closed.items()}
+        found.backends = {name: _backend(name) for name in ("auto", *backends.names())}
+        found.devices = torch_compat.devices()
+        if autoload.is_set():
+            found.problem = _problem(state.current(), found.routes)
     except SystemExit as error:  # our own, at a wrong variable
-        return dataclasses.replace(common, problem=str(error).removeprefix("lpln_autopatch: "))
+        found.problem = str(error).removeprefix("lpln_autopatch: ")
     except Exception as error:
-        problem = f"torch, or what lpln_autopatch needs, fails: {error!r}."
-        return dataclasses.replace(common, problem=problem)
+        found.problem = f"torch, or what lpln_autopatch needs, fails: {error!r}."
+    return found
 
 
-def _look(common: Diagnosis) -> Diagnosis:
-    """`common`, with everything that takes torch."""
-    import torch  # noqa: F401
+def _installed_version(name: str) -> str | None:
+    """The version of the distribution `name`, or None where it is not installed."""
+    import importlib_metadata
 
-    from lpln_autopatch import backends, state, status, torch_compat
+    return next((found.version for found in importlib_metadata.distributions(name=name)), None)
 
-    now, routes = status(), find_routes()
-    return dataclasses.replace(
-        common,
-        precision=str(now.precision) if now.precision else None,
-        **{name: getattr(now, name) for name in ("backend", "norms", "source", "installed")},
-        acted=autoload.acted,
-        routes=routes,
-        backends={name: _backend(name) for name in ("auto", *backends.names())},
-        devices=torch_compat.devices(),
-        problem=_problem(state.current(), routes) if autoload.is_set() else None,
-    )
+
+def _why_no_entry_point() -> str:
+    from lpln_autopatch import torch_compat
+
+    loads = torch_compat.loads_entry_points()
+    if loads is None:
+        return "torch before 2.5 loads no entry points"
+    if not loads:
+        return "TORCH_DEVICE_BACKEND_AUTOLOAD switches it off"
+    return _why_not_installed("torch.backends", "lpln_autopatch")
+
+
+def _why_no_sitecustomize() -> str:
+    module = sys.modules.get("sitecustomize")
+    # By a name of it: the file may have been copied.
+    if hasattr(module, "_activate_when_torch_is_imported"):
+        return ""
+    other = getattr(module, "__file__", None)
+    found = f": {other} is the one that Python found" if other else ""
+    return f"sitecustomize_example is not first on PYTHONPATH{found}"
+
+
+def _why_no_autowrapt() -> str:
+    if _installed_version("autowrapt") is None:
+        return "autowrapt is not installed: pip install autowrapt"
+    named = os.environ.get("AUTOWRAPT_BOOTSTRAP", "").split(",")
+    if "lpln_autopatch" not in (name.strip() for name in named):
+        return "AUTOWRAPT_BOOTSTRAP does not name lpln_autopatch"
+    return _why_not_installed("lpln_autopatch", "torch")
+
+
+def _why_not_installed(group: str, name: str) -> str:
+    import importlib_metadata
+
+    there = importlib_metadata.entry_points(group=group, name=name)
+    return "" if there else "lpln_autopatch is not installed, only on the path"
 
 
 def _backend(name: str) -> Finding:

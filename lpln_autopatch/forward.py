@@ -103,7 +103,7 @@ def run_backend(
     if not is_compiling():
         return lowering.backend(x, normalized_shape, weight, bias, eps, dtype)
     if lowering.backend is lean.normalise and is_dynamo_compiling():
-        return lean.compiled.normalise(x, normalized_shape, weight, bias, eps, dtype)
+        return lean.normalise_in_a_graph(x, normalized_shape, weight, bias, eps, dtype)
     return native.lower(torch.layer_norm, x, normalized_shape, weight, bias, eps, dtype)
 
 

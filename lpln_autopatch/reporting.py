@@ -18,7 +18,7 @@ from torch import Tensor
 from lpln_autopatch import exemption, forward
 from lpln_autopatch.norms import NAMES
 from lpln_autopatch.state import wrappers_held
-from lpln_autopatch.surgery import is_under_surgery, runs_torchs_forward
+from lpln_autopatch.surgery import check_is_module, is_under_surgery, runs_torchs_forward
 from lpln_autopatch.torch_compat import (
     autocast_dtype,
     compiled_code_runs_eagerly,
@@ -111,8 +111,7 @@ def report(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Report:
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"report() takes a torch.nn.Module, not {type(model)}.")
+    check_is_module(model, "report")
     model = uncompiled(model)
     names = {module: name for name, module in model.named_modules()}
     if not args and not kwargs:
@@ -136,8 +135,6 @@ class _Recorder:
         self._thread: int | None = threading.get_ident()
         # The modules that are running, their names, and how many calls there were before.
         self._running: list[tuple[torch.nn.Module | None, str, int]] = [(None, "", 0)]
-        # Of the running call: the dtype to which it is lowered, or why it is stock.
-        self._decision: torch.dtype | str | None = None
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -156,21 +153,16 @@ class _Recorder:
                     setattr(F, norm, wrapper.args[1])
 
     def _call(self, norm: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        # What another patcher's LayerNorm.forward calls is rounded above that: see `_leave`.
-        if threading.get_ident() != self._thread or exemption.why_stock() == exemption.BENEATH:
+        # What a backend or another patcher's function calls is a part of a call of ours.
+        if threading.get_ident() != self._thread or exemption.why_stock() not in (None, "exempt"):
             return function(*args, **kwargs)
         x = args[0] if args else kwargs.get("input")
         weight = args[2] if len(args) > 2 else kwargs.get("weight")
-        inside = self._decision is not None  # a function mode or a tensor's class calls it anew
-        if self._decision in (None, "__torch_function__"):
-            self._decision = _decide(forward.active, norm, x, weight)
-        if inside:
-            return function(*args, **kwargs)
-        try:
-            y = function(*args, **kwargs)
-            self._record(norm, x, y, self._decision)
-        finally:
-            self._decision = None
+        decision = _decide(forward.active, norm, x, weight)
+        before = self.rows.total()
+        y = function(*args, **kwargs)
+        if self.rows.total() == before:  # or a function mode, or a tensor's class, called it anew
+            self._record(norm, x, y, decision)
         return y
 
     def _enter(self, module: torch.nn.Module, args: object) -> None:
@@ -185,7 +177,8 @@ class _Recorder:
         if threading.get_ident() == self._thread and found:
             del self._running[found[-1] + 1 :]
             if output is not None and self._running[-1][2] == self.rows.total():
-                self._record_module(module, _first_tensor(args, kwargs), _first_tensor(output))
+                given = _first_tensor((*args, *kwargs.values()))
+                self._record_module(module, given, _first_tensor(output))
             self._running.pop()
 
     def _record_module(self, module: Any, x: Tensor | None, y: Tensor | None) -> None:
@@ -216,9 +209,9 @@ def _decide(lowering: Any, norm: str, x: object, weight: Any) -> torch.dtype | s
     return forward.decide(lowering, norm, x, weight) if lowering else "no precision is active"
 
 
-def _first_tensor(*tree: object) -> Tensor | None:
-    leaves = torch.utils._pytree.tree_flatten(tree)[0]
-    return next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+def _first_tensor(value: object) -> Tensor | None:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return next((each for each in values if isinstance(each, Tensor)), None)
 
 
 # Wrappers come off in reverse order. Reentrant: a model may report on a part of itself.

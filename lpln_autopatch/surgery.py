@@ -84,8 +84,8 @@ class LPLayerNorm(torch.nn.LayerNorm):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
-        original = _original_class(type(self))
-        if type(self) is LPLayerNorm or original is None or not isinstance(reduced, tuple):
+        original = vars(type(self)).get("_original")
+        if original is None:
             return reduced
         # The class was made here, and has no name under which it could be found again.
         return (_new_instance, (original,), *reduced[2:])
@@ -125,13 +125,17 @@ def apply_low_precision_layernorm(
         no module is replaced; it returns the same type on every path.
     """
     del optimizers
-    _check_is_module(model, "apply_low_precision_layernorm")
+    check_is_module(model, "apply_low_precision_layernorm")
     request = _parse(precision, backend)
     if not request.precision.ever_engages:
         revert_low_precision_layernorm(model)
         return {}
     named = list(model.named_modules())
-    _change_classes([module for _, module in named if runs_torchs_forward(module)])
+    norms = [module for _, module in named if runs_torchs_forward(module)]
+    # All of them, before any module changes: a class may refuse to be subclassed.
+    classes = [_low_precision_class(type(norm)) for norm in norms]
+    for norm, cls in zip(norms, classes, strict=True):
+        norm.__class__ = cls
     changed: dict[str, torch.nn.LayerNorm] = {}
     for name, module in named:
         if isinstance(module, LPLayerNorm):
@@ -159,7 +163,7 @@ def revert_low_precision_layernorm(model: torch.nn.Module) -> dict[str, torch.nn
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
     """
-    _check_is_module(model, "revert_low_precision_layernorm")
+    check_is_module(model, "revert_low_precision_layernorm")
     changed: dict[str, torch.nn.LayerNorm] = {}
     for name, module in model.named_modules():
         original = _original_class(type(module))
@@ -168,18 +172,6 @@ def revert_low_precision_layernorm(model: torch.nn.Module) -> dict[str, torch.nn
             del module._lowering, module._asked
             changed[name] = cast(torch.nn.LayerNorm, module)
     return changed
-
-
-def _change_classes(modules: Sequence[torch.nn.LayerNorm]) -> None:
-    """Change the class of every one of `modules`, or of none."""
-    were = [type(module) for module in modules]
-    try:
-        for module in modules:
-            module.__class__ = _low_precision_class(type(module))
-    except BaseException:
-        for module, cls in zip(modules, were, strict=True):
-            module.__class__ = cls
-        raise
 
 
 def _give(module: LPLayerNorm, request: Request) -> None:
@@ -195,7 +187,8 @@ def _parse(precision: object, backend: str) -> Request:
     return request
 
 
-def _check_is_module(model: object, function: str) -> None:
+def check_is_module(model: object, function: str) -> None:
+    """Refuse what is no module, as an argument of `function`."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{function}() takes a torch.nn.Module, not {type(model)}.")
 
@@ -232,11 +225,11 @@ def _low_precision_class(original: type[torch.nn.LayerNorm]) -> type[LPLayerNorm
     return made
 
 
-def _original_class(cls: type[torch.nn.Module]) -> type[torch.nn.LayerNorm] | None:
-    """What `cls` was made of here. None if it was not, as a user's subclass of LPLayerNorm."""
-    return torch.nn.LayerNorm if cls is LPLayerNorm else vars(cls).get("_original")
-
-
 def _new_instance(original: type[torch.nn.LayerNorm]) -> LPLayerNorm:
     cls = _low_precision_class(original)
     return cls.__new__(cls)
+
+
+def _original_class(cls: type[torch.nn.Module]) -> type[torch.nn.LayerNorm] | None:
+    """What `cls` was made of here. None if it was not, as a user's subclass of LPLayerNorm."""
+    return torch.nn.LayerNorm if cls is LPLayerNorm else vars(cls).get("_original")

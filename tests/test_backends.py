@@ -200,16 +200,16 @@ def test_old_torch_takes_apex_for_bfloat16(install_apex, monkeypatch):
 def test_old_torch_computes_bfloat16_in_float32(monkeypatch):
     """Native on an accelerator without a bfloat16 kernel: in float32, rounded once."""
     monkeypatch.setattr(native, "CUDA_NORMALISES_BFLOAT16", False)
-    called: list[str] = []
-    real = native._lower_in_float32
-    monkeypatch.setattr(
-        native, "_lower_in_float32", lambda *args: called.append("float32") or real(*args)
-    )
+    computed = []
+
+    def operator(x, *call):
+        computed.append(x.dtype)
+        return torch.layer_norm(x, *call)
+
     x = torch.randn(4, 8, device="meta")
-    assert native.normalise(x, (8,), None, None, 1e-5, BF16).dtype is BF16
-    assert called == ["float32"]
-    assert native.normalise(x, (8,), None, None, 1e-5, FP16).dtype is FP16
-    assert called == ["float32"]
+    for dtype in (BF16, FP16):
+        assert native.lower(operator, x, (8,), None, None, 1e-5, dtype).dtype is dtype
+    assert computed == [FP32, FP16]
 
 
 @pytest.fixture(scope="module")

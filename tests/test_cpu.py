@@ -64,7 +64,7 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
 def test_output_is_rounded_once_and_sums_are_in_float32(takes_all, which, dtype, parameters_too):
     """Gradients of float32 parameters are right to float32, the rest is rounded once."""
     call = arguments(which, dtype, dtype if parameters_too else FP32)
-    assert cpu.takes(call[0], *call[2:4], dtype)
+    assert cpu.takes(*call[:4], dtype)
     upstream = torch.randn(SHAPE).to(dtype)
     y, gradients = run(call, upstream)
     exact, exact_gradients = in_float64(call, upstream)
@@ -103,10 +103,13 @@ def test_only_what_is_wanted_gets_a_gradient(takes_all, wanted):
         assert torch.equal(gradient, expected[i])
 
 
-@pytest.mark.parametrize("layout", ["transposed", "expanded upstream", "every second row"])
+@pytest.mark.parametrize(
+    "layout", ["transposed", "expanded upstream", "every second row", "transposed weight"]
+)
 def test_any_strides(takes_all, layout):
-    """Non-contiguous x and upstream give what contiguous ones give."""
+    """Non-contiguous x, weight and upstream give what contiguous ones give."""
     call, upstream = arguments(), torch.randn(SHAPE).to(BF16)
+    weight = call[2]
     x = call[0].detach()
     if layout == "transposed":
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -114,7 +117,9 @@ def test_any_strides(takes_all, layout):
         x = torch.stack([x, x], 2)[:, :, 1]
     if layout == "expanded upstream":
         upstream = torch.ones((), dtype=BF16).expand(SHAPE)
-    y, gradients = run((x.requires_grad_(), *call[1:]), upstream)
+    if layout == "transposed weight":
+        weight = weight.detach().t().contiguous().t().requires_grad_()
+    y, gradients = run((x.requires_grad_(), call[1], weight, *call[3:]), upstream)
     expected, expected_gradients = run(call, upstream.contiguous())
     assert torch.equal(y, expected)
     for got, right in zip(gradients, expected_gradients, strict=True):
@@ -165,8 +170,8 @@ def test_what_it_has_no_formula_for_takes_the_other_way(takes_all):
     assert y.dtype is tangent.dtype is BF16
     mapped = torch.func.vmap(torch.func.grad(lambda x: normalise(x).float().pow(3).sum()))(x)
     assert (mapped.dtype, mapped.shape) == (BF16, x.shape)
-    assert not cpu.takes(x, weight, bias, FP16)
-    assert not cpu.takes(x.float(), weight, bias, BF16)
+    assert not cpu.takes(x, shape, weight, bias, FP16)
+    assert not cpu.takes(x.float(), shape, weight, bias, BF16)
     with torch.inference_mode():
         inference = x.clone()
     y = native.normalise(inference, *call[1:], BF16)
@@ -174,14 +179,13 @@ def test_what_it_has_no_formula_for_takes_the_other_way(takes_all):
 
 
 def test_what_is_kept_is_x(takes_all):
-    """In its own dtype, with two float32 numbers a row and the parameters."""
+    """In its own dtype, with two float32 numbers a row and the weight."""
     call, kept = arguments(), {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.update({t.data_ptr(): t.nbytes}) or t, lambda t: t
     ):
         native.normalise(*call, BF16)
-    x, weight, bias = call[0], *call[2:4]
-    assert sum(kept.values()) == x.nbytes + weight.nbytes + bias.nbytes + 2 * 3 * 5 * 4
+    assert sum(kept.values()) == call[0].nbytes + call[2].nbytes + 2 * 3 * 5 * 4
 
 
 @pytest.mark.parametrize("give_back", [lambda t: t.float(), lambda t: t.clone()])

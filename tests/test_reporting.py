@@ -11,10 +11,17 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from importlib_metadata import EntryPoint
 from support import autocast, needs_dynamo, run_python
 
 import lpln_autopatch
-from lpln_autopatch import apply_low_precision_layernorm, exempt, low_precision_layernorm, report
+from lpln_autopatch import (
+    apply_low_precision_layernorm,
+    backends,
+    exempt,
+    low_precision_layernorm,
+    report,
+)
 from lpln_autopatch.reporting import Row
 from lpln_autopatch.torch_compat import HAS_RMS_NORM, TORCH_VERSION
 
@@ -316,6 +323,19 @@ def test_call_under_a_function_mode_is_one_call():
     with torch.device("cpu"):
         result = lowered_report(CallsTheFunction(8))
     assert (result.calls, result.lowered) == (1, 1)
+
+
+def calls_the_function(x, normalized_shape, weight, bias, eps, dtype):
+    """A backend of another package."""
+    return F.layer_norm(x, normalized_shape, weight, bias, eps).to(dtype)
+
+
+def test_what_a_backend_calls_is_no_call_of_the_models(monkeypatch):
+    """A backend of another package may call the function itself: one row, and lowered."""
+    ours = EntryPoint("mine", f"{__name__}:calls_the_function", backends.GROUP)
+    monkeypatch.setattr(backends, "entry_points", lambda group, name: [ours])
+    result = lowered_report(torch.nn.LayerNorm(8), backend="mine")
+    assert result.rows == (Row("", "layer_norm", 1, FP32, BF16, True, ""),)
 
 
 @needs_dynamo

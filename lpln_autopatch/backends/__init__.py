@@ -7,7 +7,8 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from importlib_metadata import EntryPoint, entry_points
@@ -29,19 +30,9 @@ class _OfAnotherPackage:
     entry_point: EntryPoint
     where: str
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        normalized_shape: Sequence[int],
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        eps: float,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        arguments = (x, normalized_shape, weight, bias, eps, dtype)
-        y: torch.Tensor = run_stock(
-            "inside a backend", _load(self.entry_point, self.where), *arguments
-        )
+    def __call__(self, *call: Any, **named: Any) -> torch.Tensor:
+        normalise = _load(self.entry_point, self.where)
+        y: torch.Tensor = run_stock("inside a backend", normalise, *call, **named)
         return y
 
 

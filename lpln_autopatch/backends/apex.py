@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lpln_autopatch.backends import native
+from lpln_autopatch.backends.autograd import can_be_saved
+from lpln_autopatch.backends.protocol import Affine, Backend, Shape
 from lpln_autopatch.torch_compat import (
     autocast_disabled,
     forward_mode_is_on,
     something_intercepts_operators,
 )
-
-if TYPE_CHECKING:
-    from lpln_autopatch.backends.protocol import Backend
 
 _BUILD = (
     "Build it from source: git clone https://github.com/NVIDIA/apex, and in that folder "
@@ -27,7 +26,7 @@ _BUILD = (
 )
 
 # What a class has that lets PyTorch's operators run on its tensors as they are.
-_NO_DISPATCH = getattr(torch.Tensor, "__torch_dispatch__", None)
+_NO_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
 
 
 def load() -> Backend:
@@ -74,56 +73,27 @@ def _find() -> Path:
 
 
 def normalise(
-    x: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    x: Tensor,
+    normalized_shape: Shape,
+    weight: Affine,
+    bias: Affine,
     eps: float,
     dtype: torch.dtype,
-) -> torch.Tensor:
-    """Normalise `x` with apex's kernel where that can, natively elsewhere.
+    **options: bool,
+) -> Tensor:
+    """The apex `Backend`: its kernel where that can, natively elsewhere.
 
-    Arguments and result are those of `lpln_autopatch.backends.Backend`; x, weight and bias are
-    rounded to `dtype` first.
+    x, weight and bias are rounded to `dtype` first. `options` are those of apex's functions.
 
     Source:
         NVIDIA apex, `fused_layer_norm_affine` and `fused_layer_norm`.
     """
-    return _normalise(x, normalized_shape, weight, bias, eps, dtype)
-
-
-def normalise_memory_efficient(
-    x: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """`normalise`, with apex's `memory_efficient`: the output is kept for backward, not x.
-
-    Source:
-        NVIDIA apex, pull request 1715. A weight that is smaller than eps counts as eps in its
-        backward: the gradient of such a weight is wrong.
-    """
-    return _normalise(x, normalized_shape, weight, bias, eps, dtype, memory_efficient=True)
-
-
-def _normalise(
-    x: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    **options: bool,
-) -> torch.Tensor:
     if not _takes(x, weight, bias, dtype):
         return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
     # Here, not at the top: torch and CUDA must be up before its extension loads.
     fused = importlib.import_module("apex.normalization.fused_layer_norm")
     shape = tuple(normalized_shape)
-    y: torch.Tensor
+    y: Tensor
     # apex casts by itself, but only to what CUDA autocast says and only if it is on.
     with autocast_disabled():
         x = x.to(dtype=dtype)
@@ -135,9 +105,17 @@ def _normalise(
     return y
 
 
-def _takes(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype
-) -> bool:
+def normalise_memory_efficient(*call: Any, **named: Any) -> Tensor:
+    """`normalise`, with apex's `memory_efficient`: the output is kept for backward, not x.
+
+    Source:
+        NVIDIA apex, pull request 1715. A weight that is smaller than eps counts as eps in its
+        backward: the gradient of such a weight is wrong.
+    """
+    return normalise(*call, **named, memory_efficient=True)
+
+
+def _takes(x: Tensor, weight: Affine, bias: Affine, dtype: torch.dtype) -> bool:
     return (
         x.is_cuda
         # The others are rounded twice by a kernel of one dtype.
@@ -149,12 +127,9 @@ def _takes(
         # and its extension reads memory, which a fake tensor has not got.
         and not something_intercepts_operators()
         and not forward_mode_is_on()
-        and not any(t is not None and _is_beyond_it(t) for t in (x, weight, bias))
-    )
-
-
-def _is_beyond_it(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` has a `__torch_dispatch__`, or autograd cannot save it for backward."""
-    return getattr(type(tensor), "__torch_dispatch__", None) is not _NO_DISPATCH or (
-        tensor.is_inference() and torch.is_grad_enabled()
+        and all(
+            t is None
+            or (getattr(type(t), "__torch_dispatch__", None) is _NO_DISPATCH and can_be_saved(t))
+            for t in (x, weight, bias)
+        )
     )

@@ -1,4 +1,4 @@
-"""What every backend is: the function that normalises a lowered call."""
+"""What every backend is, and the types of its arguments."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+
+Shape = Sequence[int]
+"""The trailing dimensions over which a LayerNorm normalises."""
+
+Affine = torch.Tensor | None
+"""A scale or a shift: shape normalized_shape, any floating dtype; or None."""
 
 
 class Backend(Protocol):

@@ -1,32 +1,30 @@
 """Keeps for backward what the next layer keeps anyway: the output, and 1 / std of each row.
 
 `recovery` says how the gradients stay right without x, and its limits.
+
+Compiled code keeps y in place of x where there is neither weight nor bias. With a weight, whether
+xhat can be recovered from y changes from step to step, and a graph cannot follow: native's graph it
+is.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from lpln_autopatch.backends import native
-from lpln_autopatch.backends.lean import compiled as compiled
+from lpln_autopatch.backends import autograd, native
+from lpln_autopatch.backends.autograd import takes  # by name: `bench count` replaces these two
 from lpln_autopatch.backends.lean import recovery
-from lpln_autopatch.backends.stand_in import in_place_of, stand_in_for
+from lpln_autopatch.backends.lean.recovery import counter
+from lpln_autopatch.backends.protocol import Affine, Backend, Shape
 from lpln_autopatch.torch_compat import (
     TORCH_VERSION,
     autocast_disabled,
-    forward_mode_is_on,
     never_a_frame_of_its_own,
+    run_while_compiling,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from lpln_autopatch.backends.protocol import Backend
-
-_X_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def load() -> Backend:
@@ -44,72 +42,26 @@ def load() -> Backend:
 
 
 def normalise(
-    x: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Normalise `x` and keep no x for backward where it can, natively elsewhere.
+    x: Tensor, normalized_shape: Shape, weight: Affine, bias: Affine, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """The lean `Backend`: keeps no x for backward where it can, and is native elsewhere.
 
     Nothing but the output is rounded, except that CUDA's kernel takes an x in the autocast dtype
-    with weight and bias rounded to it. Arguments and result are those of
-    `lpln_autopatch.backends.Backend`.
+    with weight and bias rounded to it.
     """
-    shape = tuple(normalized_shape)
-    if not _takes(x, shape, weight, bias):
+    if not takes(x, normalized_shape, weight, bias):
         return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
-    tensors = [t for t in (x, weight, bias) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        arguments = (x, stand_in_for(x), shape, weight, bias, eps, dtype)
-        y: torch.Tensor = _LeanLayerNorm.apply(*arguments)  # type: ignore[no-untyped-call]
-        return y
-    return _normalise(x, shape, weight, bias, eps, dtype).y
-
-
-def _takes(
-    x: torch.Tensor,
-    shape: tuple[int, ...],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> bool:
-    return (
-        # An autograd function has no formula for these two.
-        not torch._C._are_functorch_transforms_active()
-        and not forward_mode_is_on()
-        and type(x) in _PLAIN
-        and x.dtype in _X_DTYPES
-        and x.layout is torch.strided
-        and not x.is_nested
-        # Another shape, or none, gets PyTorch's own error.
-        and x.shape[-len(shape) :] == shape
-        and len(shape) > 0
-        and x.numel() > 0
-        and _takes_parameter(weight, x, shape)
-        and _takes_parameter(bias, x, shape)
-    )
-
-
-def _takes_parameter(
-    parameter: torch.Tensor | None, x: torch.Tensor, shape: tuple[int, ...]
-) -> bool:
-    return parameter is None or (
-        type(parameter) in _PLAIN
-        and parameter.dtype in _X_DTYPES
-        and parameter.shape == shape
-        and parameter.device == x.device
-    )
+    arguments = x, tuple(normalized_shape), weight, bias, eps, dtype
+    if not autograd.wants_gradient(x, weight, bias):
+        return _normalise(*arguments)[0]
+    y: Tensor = _LeanLayerNorm.apply(*arguments, autograd.stand_in_for(x))  # type: ignore[no-untyped-call]
+    return y
 
 
 def _normalise(
-    x: torch.Tensor,
-    shape: tuple[int, ...],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> recovery.Normalised:
+    x: Tensor, shape: Shape, weight: Affine, bias: Affine, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Affine, Affine, Tensor, Tensor]:
+    """y, what the kernel took for x, weight and bias, and mean and rstd of each row."""
     # CUDA's kernel wants one dtype, and gives float32 statistics for it; those of other devices
     # may give them in low precision.
     computed_in = dtype if x.is_cuda and x.dtype is dtype else torch.float32
@@ -117,55 +69,90 @@ def _normalise(
         x = x.to(dtype=computed_in)
         weight, bias = (t if t is None else t.to(dtype=computed_in) for t in (weight, bias))
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
-        return recovery.Normalised(y.to(dtype=dtype), x, weight, bias, mean, rstd)
+        return y.to(dtype=dtype), x, weight, bias, mean, rstd
 
 
 class _LeanLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        stand_in: torch.Tensor | None,
-        shape: tuple[int, ...],
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        x: Tensor,
+        shape: Shape,
+        weight: Affine,
+        bias: Affine,
         eps: float,
         dtype: torch.dtype,
-    ) -> torch.Tensor:
+        stand_in: Tensor | None,
+    ) -> Tensor:
         normalised = _normalise(x, shape, weight, bias, eps, dtype)
         with autocast_disabled():
-            kept = recovery.keep(normalised, recovery.countable(weight))
-        ctx.save_for_backward(*kept, normalised.rstd, weight)
+            kept = recovery.keep(*normalised, counter(weight))
+        y, *_, rstd = normalised
+        ctx.save_for_backward(*kept, rstd, weight)
         ctx.stand_in, ctx.shape = stand_in, shape
-        ctx.dtypes = [t if t is None else t.dtype for t in (x, weight, bias)]
-        return normalised.y
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *kept, rstd, weight = ctx.saved_tensors
         with torch.no_grad():
-            x = recovery.recover(*kept).div_(rstd)
+            x = recovery.recover(*kept).div_(rstd)  # but for its mean, on which nothing depends
         # With create_graph, what comes out is differentiated again.
-        x = in_place_of(ctx.stand_in, x)
-        # Ones for no weight: with a bias alone PyTorch's own double backward fails (2.13).
-        scale = rstd.new_ones(ctx.shape) if weight is None else weight.float()
-        gradients = torch.ops.aten.native_layer_norm_backward(
-            dy.float(),
-            x,
-            ctx.shape,
-            torch.zeros_like(rstd),
-            rstd,
-            scale,
-            scale,  # for bias, of which it takes the shape
-            [ctx.needs_input_grad[i] for i in (0, 3, 4)],
+        x = autograd.in_place_of(ctx.stand_in, x)
+        wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+        mean = torch.zeros_like(rstd)
+        dx, dweight, dbias = autograd.backward(dy, x, ctx.shape, weight, mean, rstd, wanted)
+        return dx, None, dweight, dbias, None, None, None
+
+
+def normalise_in_a_graph(
+    x: Tensor, normalized_shape: Shape, weight: Affine, bias: Affine, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """The same for compiled code, which keeps no x where y is xhat."""
+    if weight is None and bias is None and x.requires_grad and _only_a_first_derivative():
+        y: Tensor = _YIsXhat.apply(x, tuple(normalized_shape), eps, dtype)  # type: ignore[no-untyped-call]
+        return y
+    return native.lower(torch.layer_norm, x, normalized_shape, weight, bias, eps, dtype)
+
+
+@run_while_compiling
+def _only_a_first_derivative() -> bool:
+    """Whether Dynamo traces for a plain backward, outside of the graph.
+
+    It gives wrong second derivatives of any autograd function inside of one (2.13, with
+    `trace_autograd_ops`), has no formula for functorch's, and an export shows the function.
+    """
+    import torch._dynamo.config as config
+
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return not (
+        getattr(config, "trace_autograd_ops", False)
+        or torch._C._are_functorch_transforms_active()
+        or exporting()
+    )
+
+
+class _YIsXhat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: Shape, eps: float, dtype: torch.dtype) -> Tensor:
+        y, _, rstd = torch.native_layer_norm(x.float(), shape, None, None, eps)
+        y = y.to(dtype=dtype)
+        ctx.save_for_backward(y, rstd)
+        ctx.shape, ctx.dtype = shape, x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, rstd = ctx.saved_tensors
+        x, mean = y.float() / rstd, torch.zeros_like(rstd)
+        # Without a weight of ones, which a graph would multiply by.
+        dx, _, _ = autograd.operator(
+            dy.float(), x, ctx.shape, mean, rstd, None, None, [True, False, False]
         )
-        dx, dweight, dbias = (
-            None if gradient is None else gradient.to(dtype=dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        )
-        return dx, None, None, dweight, dbias, None, None
+        return dx.to(dtype=ctx.dtype), None, None, None
 
 
 # Dynamo is not to look for graphs in any of this: code that it compiles takes another way.
-never_a_frame_of_its_own(normalise, nor_what_it_calls=True)
-never_a_frame_of_its_own(_LeanLayerNorm.backward, nor_what_it_calls=True)
+for _function in (normalise, _LeanLayerNorm.backward):
+    never_a_frame_of_its_own(_function, nor_what_it_calls=True)
+never_a_frame_of_its_own(normalise_in_a_graph)

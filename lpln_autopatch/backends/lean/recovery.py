@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, MutableMapping
 
 import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+from lpln_autopatch.backends.protocol import Affine
 
 WORST_RATIO = 6
 """xhat can be recovered where |bias| is at most this many times |weight|: dweight is 1 % off."""
@@ -35,27 +35,19 @@ FEATURES_PER_RESERVED = 32
 """Of so many features the xhat of one is kept beside y."""
 
 
-class Normalised(NamedTuple):
-    """A call of the norm.
-
-    Attributes:
-        y: The output, in the autocast dtype.
-        x: Input, as the kernel took it.
-        weight: Scale, the same, or None.
-        bias: Shift, the same, or None.
-        mean: Of each row, float32.
-        rstd: 1 / sqrt(variance + eps) of each row, float32.
-    """
-
-    y: torch.Tensor
-    x: torch.Tensor
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    mean: torch.Tensor
-    rstd: torch.Tensor
+AreFew = Callable[[Tensor, int], bool]
+"""Whether the features that cannot be recovered, a mask of all, are at most as many as these."""
 
 
-def keep(call: Normalised, parameter: torch.nn.Parameter | None) -> tuple[torch.Tensor | None, ...]:
+def keep(
+    y: Tensor,
+    x: Tensor,
+    weight: Affine,
+    bias: Affine,
+    mean: Tensor,
+    rstd: Tensor,
+    are_few: AreFew | None,
+) -> tuple[Tensor | None, ...]:
     """What `recover` takes: y, or xhat in y's dtype, and how to get xhat from it.
 
     Always as many tensors of the same shapes for the same call, and nothing else says which:
@@ -63,13 +55,15 @@ def keep(call: Normalised, parameter: torch.nn.Parameter | None) -> tuple[torch.
     what that keeps to the backward of the first run.
 
     Args:
-        call: The call of the norm.
-        parameter: What its weight was made of, or None where nothing is counted.
+        y: The output, in the autocast dtype.
+        x: Input, as the kernel took it, and so are weight and bias.
+        mean: Of each row, float32.
+        rstd: 1 / sqrt(variance + eps) of each row, float32.
+        are_few: What `counter` gives for the weight.
     """
-    y, x, weight, bias, mean, rstd = call
     if weight is None and bias is None:
         return y, None, None, None, None
-    if weight is None or parameter is None:
+    if weight is None or are_few is None:
         return _xhat(x, mean, rstd, y.dtype), None, None, None, None
     scale = weight.flatten().float()
     shift = torch.zeros_like(scale) if bias is None else bias.flatten().float()
@@ -80,7 +74,7 @@ def keep(call: Normalised, parameter: torch.nn.Parameter | None) -> tuple[torch.
     worst = recoverability.topk(reserved, largest=False, sorted=False).indices
     rows = x.reshape(-1, scale.numel()).index_select(1, worst)
     columns = _xhat(rows, mean.view(-1, 1), rstd.view(-1, 1), y.dtype)
-    if not _are_few(parameter, recoverability < 1 / WORST_RATIO, reserved):
+    if not are_few(recoverability < 1 / WORST_RATIO, reserved):
         kept, shift, inverse = _xhat(x, mean, rstd, y.dtype), shift * 0, torch.ones_like(scale)
     else:
         # Where y is noise alone 0 is the better guess.
@@ -88,19 +82,17 @@ def keep(call: Normalised, parameter: torch.nn.Parameter | None) -> tuple[torch.
     return kept, shift, inverse, worst, columns
 
 
-def _xhat(
-    x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def _xhat(x: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
     return (x - mean).mul_(rstd).to(dtype=dtype)
 
 
 def recover(
-    kept: torch.Tensor,
-    shift: torch.Tensor | None,
-    inverse: torch.Tensor | None,
-    worst: torch.Tensor | None,
-    columns: torch.Tensor | None,
-) -> torch.Tensor:
+    kept: Tensor,
+    shift: Tensor | None,
+    inverse: Tensor | None,
+    worst: Tensor | None,
+    columns: Tensor | None,
+) -> Tensor:
     """xhat in float32, a new tensor of the shape of `kept`."""
     if shift is None or inverse is None or worst is None or columns is None:
         return kept.to(dtype=torch.float32, copy=True)
@@ -108,20 +100,23 @@ def recover(
     return xhat.index_copy_(1, worst, columns.float()).view(kept.shape)
 
 
-def countable(weight: torch.Tensor | None) -> torch.nn.Parameter | None:
-    """`weight`, if it can be counted which of its features cannot be recovered."""
+def counter(weight: Affine) -> AreFew | None:
+    """What counts the features that cannot be recovered with `weight`, or None if nothing can."""
     if not isinstance(weight, torch.nn.Parameter):
         return None  # a new tensor for each call, as a replica's is, would wait each time
     if weight.is_cuda:
-        return None if torch.cuda.is_current_stream_capturing() else weight
-    return weight if weight.is_cpu else None
+        capturing = torch.cuda.is_current_stream_capturing()
+        return None if capturing else functools.partial(_were_few, weight)
+    return _are_few if weight.is_cpu else None
 
 
-def _are_few(parameter: torch.nn.Parameter, unrecoverable: torch.Tensor, reserved: int) -> bool:
-    """Whether the features that cannot be recovered are among the `reserved` ones."""
+def _are_few(unrecoverable: Tensor, reserved: int) -> bool:
+    return unrecoverable.sum(dtype=torch.int32).item() <= reserved
+
+
+def _were_few(parameter: torch.nn.Parameter, unrecoverable: Tensor, reserved: int) -> bool:
+    """Whether they were by the last count of this `parameter` that has arrived on the host."""
     count = unrecoverable.sum(dtype=torch.int32)
-    if _can_be_read_at_once(count):
-        return count.item() <= reserved
     counts = _counts()
     arrived = counts.get(parameter)
     if arrived is None:
@@ -136,18 +131,14 @@ def _are_few(parameter: torch.nn.Parameter, unrecoverable: torch.Tensor, reserve
 
 
 @functools.cache
-def _counts() -> MutableMapping[torch.Tensor, torch.Tensor]:
+def _counts() -> MutableMapping[Tensor, Tensor]:
     """The last count of each parameter that has arrived on the host."""
     # Not at the top: until torch 2.0 there is none.
-    counts: MutableMapping[torch.Tensor, torch.Tensor]
+    counts: MutableMapping[Tensor, Tensor]
     counts = importlib.import_module("torch.utils.weak").WeakTensorKeyDictionary()
     return counts
 
 
-def _can_be_read_at_once(count: torch.Tensor) -> bool:
-    return count.is_cpu
-
-
-def _pinned(count: torch.Tensor) -> torch.Tensor:
+def _pinned(count: Tensor) -> Tensor:
     """A copy on the host, to which the device can copy while the host goes on. It waits."""
     return torch.empty_like(count, device="cpu", pin_memory=True).copy_(count)
