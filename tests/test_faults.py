@@ -392,6 +392,40 @@ def test_first_activation_while_another_thread_compiles(where):
     assert result.stdout.splitlines() == ["in time True", "torch.float32", "alive False"]
 
 
+def norm_behind_a_pause(meanwhile):
+    """A compiled norm. While it is first traced, another thread runs `meanwhile`."""
+    norm = torch.nn.LayerNorm(8)
+    calls = [meanwhile]
+
+    @torch._dynamo.assume_constant_result
+    def pause() -> None:
+        if calls:
+            thread = threading.Thread(target=calls.pop())
+            thread.start()
+            thread.join(60)
+
+    def function(x):
+        pause()
+        return norm(x)
+
+    return torch.compile(function, backend="aot_eager")
+
+
+@needs_dynamo
+@pytest.mark.parametrize("what", ["enable", "disable"])
+def test_code_compiled_during_a_switch_follows_from_then_on(what):
+    """Another thread calls enable() or disable() after tracing began, before it meets the norm."""
+    if what == "disable":
+        lpln.enable("bf16")
+    switch = {"enable": lambda: lpln.enable("bf16"), "disable": lpln.disable}
+    dtype = {"enable": BF16, "disable": FP32}
+    compiled = norm_behind_a_pause(switch[what])
+    assert output_dtype(compiled) is dtype[what]
+    for then in ("enable", "disable", "enable"):
+        switch[then]()
+        assert output_dtype(compiled) is dtype[then]
+
+
 @needs_dynamo
 def test_dynamo_is_told_once_by_threads_that_activate_first():
     """Two threads at once in the first activation: Dynamo refuses to be told twice."""
