@@ -49,6 +49,9 @@ def needs_library(*names: str) -> pytest.MarkDecorator:
 
 needs_gpu = run_elsewhere(not torch.cuda.is_available(), "a CUDA GPU")
 
+# Options with which Inductor generates no C++ and compiles in seconds: for tests of which code is
+# compiled, kept and found again, not of what Inductor makes of it.
+NO_CPP = {"fallback_by_default": True} if TORCH_VERSION >= (2, 11) else {}
 
 AUTOCAST_DTYPES = [torch.bfloat16, torch.float16]
 if TORCH_VERSION < (2, 4):
