@@ -102,9 +102,11 @@ def run_python(
 ) -> subprocess.CompletedProcess[str]:
     """Run Python in a process of its own, with LPLN_* set only as `environment` says.
 
+    Triton compiles there, and does not interpret.
     Not in the folder of the checkout, which `python -c` would import the package from.
     """
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("LPLN_", "AUTOWRAPT"))}
+    ours = ("LPLN_", "AUTOWRAPT", "TRITON_INTERPRET")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     result = subprocess.run(
         [sys.executable, *arguments],
         env={**inherited, **environment},
