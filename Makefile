@@ -50,7 +50,7 @@ demo: $(RUNS)
 
 # pytest's own command does not put the checkout on sys.path: what is tested is the wheel.
 test: $(INSTALLED)
-	$(VENV)/bin/pytest --numprocesses auto --durations 10
+	$(VENV)/bin/pytest --numprocesses auto --dist loadgroup --durations 10
 
 # Composer pins an old torch; without its pins it runs on the newest.
 test-composer: $(INSTALLED)
