@@ -465,6 +465,21 @@ def test_disable_before_torch_is_imported_holds():
     assert result.stdout == "torch.float32\n"
 
 
+def test_enable_may_be_used_as_a_block(layer_norm):
+    """`with enable():` lowers, and calls disable() at its end, whatever raises inside."""
+
+    def run() -> None:
+        with lpln.enable("bf16"):
+            assert output_dtype(layer_norm) is BF16
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        run()
+    assert lpln.status().precision is None
+    assert not lpln.status().installed
+    assert output_dtype(layer_norm) is FP32
+
+
 def block_in_a_cycle() -> None:
     """Leave a block to the garbage collector: a generator that holds it, in a cycle."""
 
