@@ -166,7 +166,7 @@ def test_edge_shapes(shape, n_dims):
 
 @runs_kernels
 @settings(
-    max_examples=200 if CUDA else 40,
+    max_examples=200 if CUDA else 20,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
