@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,10 @@ import torch.nn.functional as F
 
 import lpln_autopatch
 from lpln_autopatch import forward, state
+
+# Without a GPU, Triton's kernels run in its interpreter. Triton reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ORIGINAL_FORWARD = vars(torch.nn.LayerNorm)["forward"]
 ELSEWHERE = pytest.StashKey[dict[str, int]]()

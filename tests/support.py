@@ -49,6 +49,9 @@ def needs_library(*names: str) -> pytest.MarkDecorator:
 
 needs_gpu = run_elsewhere(not torch.cuda.is_available(), "a CUDA GPU")
 
+# Options with which Inductor generates no C++ and compiles in seconds: for tests of which code is
+# compiled, kept and found again, not of what Inductor makes of it.
+NO_CPP = {"fallback_by_default": True} if TORCH_VERSION >= (2, 11) else {}
 
 AUTOCAST_DTYPES = [torch.bfloat16, torch.float16]
 if TORCH_VERSION < (2, 4):
@@ -99,9 +102,11 @@ def run_python(
 ) -> subprocess.CompletedProcess[str]:
     """Run Python in a process of its own, with LPLN_* set only as `environment` says.
 
+    Triton compiles there, and does not interpret.
     Not in the folder of the checkout, which `python -c` would import the package from.
     """
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("LPLN_", "AUTOWRAPT"))}
+    ours = ("LPLN_", "AUTOWRAPT", "TRITON_INTERPRET")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     result = subprocess.run(
         [sys.executable, *arguments],
         env={**inherited, **environment},

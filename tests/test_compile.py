@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import wrapt
-from support import autocast, needs_dynamo, output_dtype, run_python
+from support import NO_CPP, autocast, needs_dynamo, output_dtype, run_python
 
 import lpln_autopatch as lpln
 from lpln_autopatch import NoEffectWarning, forward, low_precision_layernorm
@@ -270,9 +270,10 @@ def test_second_process_hits_the_aot_autograd_cache(tmp_path):
     script.write_text(
         textwrap.dedent(
             """
-            import json, torch, torch._dynamo.utils, lpln_autopatch
+            import json, sys, torch, torch._dynamo.utils, lpln_autopatch
             from torch import nn
-            model = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), fullgraph=True)
+            model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+            model = torch.compile(model, fullgraph=True, options=json.loads(sys.argv[1]))
             lpln_autopatch.enable()
             with torch.autocast("cpu", dtype=torch.float16):
                 y = model(torch.randn(4, 8, requires_grad=True))
@@ -286,6 +287,7 @@ def test_second_process_hits_the_aot_autograd_cache(tmp_path):
         json.loads(
             run_python(
                 str(script),
+                json.dumps(NO_CPP),
                 TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
                 TORCHINDUCTOR_FX_GRAPH_CACHE="1",
                 TORCHINDUCTOR_AUTOGRAD_CACHE="1",

@@ -12,9 +12,12 @@ import lpln_autopatch
 from lpln_autopatch import low_precision_layernorm
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
-pytestmark = pytest.mark.skipif(
-    TORCH_VERSION < (2, 6), reason="fully_shard is public in torch >= 2.6; CI runs this there"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        TORCH_VERSION < (2, 6), reason="fully_shard is public in torch >= 2.6; CI runs this there"
+    ),
+    pytest.mark.xdist_group("distributed"),  # one worker: the module's fixtures run once
+]
 BF16, FP32 = ["torch.bfloat16"], ["torch.float32"]
 
 # LayerNorms that get float32 while they are stock. Knows nothing of this package.

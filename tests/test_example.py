@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support import ROOT, run_python
+from support import NO_CPP, ROOT, run_python
 
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
@@ -14,10 +14,22 @@ pytestmark = pytest.mark.skipif(
 SCRIPT = str(ROOT / "docs" / "examples" / "train.py")
 SMALL = ("--steps", "20", "--width", "32", "--layers", "2", "--heads", "2", "--context", "32")
 
+# The script as it is, but Inductor generates no C++.
+WITHOUT_CPP = f"""
+import runpy, sys
+import torch._inductor.config
+for name, value in {NO_CPP}.items():
+    setattr(torch._inductor.config, name, value)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 
 def train(*options: str, precision: str = "") -> dict[str, str]:
     """Run the script on CPU, and its summary."""
     arguments = [SCRIPT, "--device", "cpu", *SMALL, *options]
+    if "--compile" in options:
+        arguments = ["-c", WITHOUT_CPP, *arguments]
     result = run_python(*arguments, LPLN_PRECISION=precision, timeout=600)
     assert "20/20" in result.stderr  # the progress bar
     return dict(line.split("\t") for line in result.stdout.splitlines())

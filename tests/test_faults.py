@@ -229,59 +229,78 @@ def test_blocks_while_a_thread_runs_compiled_code(layer_norm):
 # What compiles has no nn.Linear, and each thread enters autocast once: several threads that enter
 # autocast while another one compiles wait for each other in PyTorch itself.
 SWITCHED_WHILE_COMPILED_CODE_RUNS = """
-import sys, threading, time
+import collections, os, threading, time
 import torch, lpln_autopatch as lpln
 
-class Block(torch.nn.Module):
+class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(16) for _ in range(2))
     def forward(self, x):
         return self.norms[1](self.norms[0](x) * 2)
 
-model = torch.compile(torch.nn.Sequential(Block(), Block(), Block()), backend="eager")
-x = torch.randn(4, 16)
-ran, stop = [], threading.Event()
-
-def work():
+def work(ran, calls):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        while not stop.is_set():
+        while len(ran) < calls:
             try:
                 ran.append(model(x).dtype)
-            except Exception:  # Dynamo's own, where a function changes while it is traced
+            except Exception:  # Dynamo's own, where what it traces changes meanwhile
                 ran.append(None)
 
-threads = [threading.Thread(target=work) for _ in range(2)]
-for thread in threads:
-    thread.start()
-while len(ran) < 100:
-    time.sleep(0.01)
-end = time.monotonic() + 2
-while time.monotonic() < end:
-    if sys.argv[1] == "blocks":
+def switch(how):
+    if how == "blocks":
         with lpln.low_precision_layernorm("bf16"):
             time.sleep(0.001)
     else:
         lpln.enable("bf16")
         time.sleep(0.001)
         lpln.disable()
-stop.set()
-for thread in threads:
-    thread.join(60)
-print(torch.bfloat16 in ran, torch.float32 in ran)
+
+def switch_beside_two_threads(how, seconds, wanted):
+    ran = [], []
+    for results in ran:
+        threading.Thread(target=work, args=(results, 10**9), daemon=True).start()
+    while min(map(len, ran)) < 5:
+        time.sleep(0.001)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or not all(wanted <= {*results} for results in ran):
+        switch(how)
+
+def in_a_child(how):
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            switch_beside_two_threads(how, 0.02, set())
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+model, x = torch.compile(Model(), backend="eager"), torch.randn(4, 16)
+work([], 1)
+lpln.status()  # imports what every child would import anew
+for how in ("blocks", "enable and disable"):
+    print(how, dict(collections.Counter(in_a_child(how) for _ in range(50))))
+for how in ("blocks", "enable and disable"):
+    switch_beside_two_threads(how, 1, {torch.bfloat16, torch.float32})
+print("both dtypes", flush=True)
+os._exit(0)
 """
 
 
 @needs_dynamo
-@pytest.mark.parametrize("how", ["blocks", "enable and disable"])
-def test_switching_while_threads_run_compiled_code_never_crashes(how):
-    """Blocks, or enable() and disable(), for two seconds beside two threads: no crash, both ran.
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork; Linux CI has it")
+def test_switching_while_threads_run_compiled_code_never_crashes():
+    """A hundred processes activate for the first time beside two threads that run compiled code.
 
-    That began with the first activation, which is why this is a process of its own.
+    None crashes. Then one process switches for two seconds, and both threads run both variants.
     """
-    result = run_python("-c", SWITCHED_WHILE_COMPILED_CODE_RUNS, how, check=False, timeout=120)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.splitlines()[-1] == "True True"
+    result = run_python("-c", SWITCHED_WHILE_COMPILED_CODE_RUNS, check=False, timeout=240)
+    lines = result.stdout.splitlines()
+    assert lines[:2] == ["blocks {0: 50}", "enable and disable {0: 50}"], result.stderr[-2000:]
+    assert (result.returncode, lines[2:]) == (0, ["both dtypes"]), result.stderr[-2000:]
 
 
 DISABLED_DURING_IMPORT = """
@@ -373,6 +392,40 @@ def test_first_activation_while_another_thread_compiles(where):
     assert result.stdout.splitlines() == ["in time True", "torch.float32", "alive False"]
 
 
+def norm_behind_a_pause(meanwhile):
+    """A compiled norm. While it is first traced, another thread runs `meanwhile`."""
+    norm = torch.nn.LayerNorm(8)
+    calls = [meanwhile]
+
+    @torch._dynamo.assume_constant_result
+    def pause() -> None:
+        if calls:
+            thread = threading.Thread(target=calls.pop())
+            thread.start()
+            thread.join(60)
+
+    def function(x):
+        pause()
+        return norm(x)
+
+    return torch.compile(function, backend="aot_eager")
+
+
+@needs_dynamo
+@pytest.mark.parametrize("what", ["enable", "disable"])
+def test_code_compiled_during_a_switch_follows_from_then_on(what):
+    """Another thread calls enable() or disable() after tracing began, before it meets the norm."""
+    if what == "disable":
+        lpln.enable("bf16")
+    switch = {"enable": lambda: lpln.enable("bf16"), "disable": lpln.disable}
+    dtype = {"enable": BF16, "disable": FP32}
+    compiled = norm_behind_a_pause(switch[what])
+    assert output_dtype(compiled) is dtype[what]
+    for then in ("enable", "disable", "enable"):
+        switch[then]()
+        assert output_dtype(compiled) is dtype[then]
+
+
 @needs_dynamo
 def test_dynamo_is_told_once_by_threads_that_activate_first():
     """Two threads at once in the first activation: Dynamo refuses to be told twice."""
@@ -410,6 +463,21 @@ def test_disable_before_torch_is_imported_holds():
     code = "import lpln_autopatch; lpln_autopatch.disable(); import torch; print(dtype())"
     result = run_python("-c", DTYPE + code, LPLN_PRECISION="amp", **A_ROUTE)
     assert result.stdout == "torch.float32\n"
+
+
+def test_enable_may_be_used_as_a_block(layer_norm):
+    """`with enable():` lowers, and calls disable() at its end, whatever raises inside."""
+
+    def run() -> None:
+        with lpln.enable("bf16"):
+            assert output_dtype(layer_norm) is BF16
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        run()
+    assert lpln.status().precision is None
+    assert not lpln.status().installed
+    assert output_dtype(layer_norm) is FP32
 
 
 def block_in_a_cycle() -> None:

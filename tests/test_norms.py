@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import json
 import pickle
 import re
 import threading
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import wrapt
-from support import AUTOCAST_DTYPES, autocast, needs_dynamo, output_dtype, run_python
+from support import AUTOCAST_DTYPES, NO_CPP, autocast, needs_dynamo, output_dtype, run_python
 
 import lpln_autopatch as lpln
 from lpln_autopatch import low_precision_layernorm, norms
@@ -530,7 +531,7 @@ def test_foreign_function_wrapper_above_is_looked_through(x):
 
 
 COMPILED_IN_A_PROCESS = """
-import sys
+import json, sys
 import torch
 if "late" in sys.argv:
     import torch._dynamo
@@ -547,7 +548,8 @@ norm, linear = torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)
 def f(x):
     x = linear(x).float()
     return F.layer_norm(x, (8,)), norm(x)
-run = torch.compile(f, backend=sys.argv[1], fullgraph=True)
+options = json.loads(sys.argv[2])
+run = torch.compile(f, backend=sys.argv[1], fullgraph=True, options=options)
 def show():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         print(*(str(y.dtype)[6:] for y in run(torch.ones(4, 8))))
@@ -569,7 +571,7 @@ def test_activation_before_dynamo_is_imported(when, group):
 
     Also where torch.distributed has it look at the names again.
     """
-    arguments = ("aot_eager", "lowered", "toggle", when, group)
+    arguments = ("aot_eager", "null", "lowered", "toggle", when, group)
     result = run_python("-c", COMPILED_IN_A_PROCESS, *arguments)
     assert result.stdout.splitlines() == [LOWERED, STOCK, LOWERED, STOCK]
 
@@ -585,6 +587,7 @@ def test_processes_share_a_compile_cache(tmp_path, first):
             "-c",
             COMPILED_IN_A_PROCESS,
             "inductor",
+            json.dumps(NO_CPP),
             kind,
             TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
         )
