@@ -83,46 +83,37 @@ def _attention(
 
 def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: Any = None) -> Tensor:
     """One kernel, as CUDA has it since torch 2.9; on a device made in Python torch has ten."""
-    y: Tensor = _kernels().apply(x, weight)
+    y: Tensor = _rms_norm_kernel()(x, weight)[0]
     return y
 
 
 @functools.cache
-def _kernels() -> Any:
-    """A differentiable RMSNorm, which keeps x and 1 / rms of each row."""
-    new: Any = torch.library.Library
-    library = new(NAME, "DEF")
-    library.define("rms_norm(Tensor x, Tensor? weight) -> (Tensor, Tensor)")
-    library.define(
-        "rms_norm_backward(Tensor dy, Tensor x, Tensor rstd, Tensor? weight) -> (Tensor, Tensor)"
-    )
+def _rms_norm_kernel() -> Any:
+    """A differentiable RMSNorm, which keeps x, weight, and 1 / rms of each row."""
 
+    @torch.library.custom_op(f"{NAME}::rms_norm", mutates_args=())
     def forward(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
-    def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None) -> Any:
+    @torch.library.custom_op(f"{NAME}::rms_norm_backward", mutates_args=())
+    def backward(
+        dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         return torch.empty_like(x), torch.empty_like(x[0] if weight is None else weight)
 
-    for name, function in (("rms_norm", forward), ("rms_norm_backward", backward)):
-        torch.library.register_fake(f"{NAME}::{name}", function, lib=library)
-    operators: Any = getattr(torch.ops, NAME)
+    def keep(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)  # of rstd there is none
+        x, weight = inputs
+        ctx.save_for_backward(x, output[1], weight)
 
-    class RMSNorm(torch.autograd.Function):
-        library_that_must_live = library
+    def differentiate(ctx: Any, dy: Tensor, _: Tensor) -> Any:
+        dx, dweight = backward(dy, *ctx.saved_tensors)
+        return dx, None if ctx.saved_tensors[2] is None else dweight
 
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Any:
-            y, rstd = operators.rms_norm(x, weight)
-            ctx.save_for_backward(x, rstd, weight)
-            return y
-
-        @staticmethod
-        def backward(ctx: Any, *dy: Any) -> Any:
-            x, rstd, weight = ctx.saved_tensors
-            dx, dweight = operators.rms_norm_backward(dy[0], x, rstd, weight)
-            return dx, None if weight is None else dweight
-
-    return RMSNorm
+    for kernel in (forward, backward):
+        kernel.register_fake(kernel._init_fn)
+    forward.register_autograd(differentiate, setup_context=keep)
+    return forward
 
 
 @contextlib.contextmanager

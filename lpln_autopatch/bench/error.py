@@ -14,24 +14,16 @@ from typing import Any
 import torch
 
 from lpln_autopatch import disable, low_precision_layernorm
-from lpln_autopatch.bench.options import Parser, at_least, usable_device
+from lpln_autopatch.bench.call import results
+from lpln_autopatch.bench.contenders import relative_error
 from lpln_autopatch.bench.recipe import ComposerRecipe
+from lpln_autopatch.bench.suites import Parser, at_least, usable_device
 
-COLUMNS = ("output", "grad x", "grad weight", "grad bias")
-
-
-def results(
-    module: torch.nn.LayerNorm, x: torch.Tensor, upstream: torch.Tensor
-) -> list[torch.Tensor]:
-    """Output and gradients, in float64, the output rounded to the dtype of `upstream`."""
-    x = x.detach().requires_grad_()
-    y: torch.Tensor = module(x).to(upstream.dtype)
-    gradients = torch.autograd.grad(y, [x, module.weight, module.bias], upstream)
-    return [t.detach().double() for t in (y, *gradients)]
+COLUMNS = ("", "output", "grad x", "grad weight", "grad bias")
 
 
-def compare(x: torch.Tensor, dtype: torch.dtype, compiled: bool) -> None:
-    """Print the errors of the three contenders for one input, in eager mode or `compiled`."""
+def compare(x: torch.Tensor, dtype: torch.dtype, compiled: bool) -> list[list[Any]]:
+    """The errors of the three contenders for one input, in eager mode or `compiled`."""
     upstream = torch.randn_like(x, dtype=dtype)
     stock = torch.nn.LayerNorm(x.shape[-1], device=x.device)
     torch.nn.init.normal_(stock.weight, 1.0, 0.2)
@@ -40,22 +32,23 @@ def compare(x: torch.Tensor, dtype: torch.dtype, compiled: bool) -> None:
     exact_module = torch.nn.LayerNorm(x.shape[-1], device=x.device, dtype=torch.float64)
     for module in (composer, exact_module):
         module.load_state_dict(stock.state_dict())
-    contenders: dict[str, Any] = {"stock": stock, "Composer's recipe": composer}
+    exact = results(exact_module, exact_module, x.double(), upstream.double())
+    called: list[Any] = [stock, composer]
     if compiled:
         torch._dynamo.reset()
-        contenders = {name: torch.compile(module) for name, module in contenders.items()}
-    exact = results(exact_module, x.double(), upstream.double())
+        called = [torch.compile(module) for module in called]
     with torch.autocast(x.device.type, dtype=dtype):
-        rows = {name: results(module, x, upstream) for name, module in contenders.items()}
+        given = {
+            "stock": results(called[0], stock, x, upstream),
+            "Composer's recipe": results(called[1], composer, x, upstream),
+        }
         with low_precision_layernorm():
-            rows["lowered"] = results(contenders["stock"], x, upstream)
-    print(
-        f"\n{tuple(x.shape)}, {x.dtype} input of mean {round(x.mean().item())}, autocast to {dtype}"
-    )
-    print(f"  {'':18}" + "".join(f"{column:>14}" for column in COLUMNS))
-    for name, values in rows.items():
-        errors = [((v - e).norm() / e.norm()).item() for v, e in zip(values, exact, strict=True)]
-        print(f"  {name:18}" + "".join(f"{error:14.2g}" for error in errors))
+            given["lowered"] = results(called[0], stock, x, upstream)
+    given["stock"]["y"] = given["stock"]["y"].to(dtype)
+    return [
+        [name, *(f"{relative_error(got[key], exact[key]):.2g}" for key in exact)]
+        for name, got in given.items()
+    ]
 
 
 def main() -> None:
@@ -75,7 +68,9 @@ def main() -> None:
         for input_dtype, mean in itertools.product((torch.float32, dtype), (0.0, 4.0)):
             shape = (args.rows, args.features)
             x = (torch.randn(shape, device=args.device) + mean).to(input_dtype)
-            compare(x, dtype, args.compiled)
+            print(f"\n{shape}, {input_dtype} input of mean {mean:.0f}, autocast to {dtype}")
+            for line in [COLUMNS, *compare(x, dtype, args.compiled)]:
+                print(f"  {line[0]:18}" + "".join(f"{cell:>14}" for cell in line[1:]))
     disable()
 
 
