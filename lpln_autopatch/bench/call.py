@@ -6,6 +6,7 @@ Wall time on one thread, from the start of a turn to the end of all that it laun
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 from argparse import Namespace
@@ -62,6 +63,7 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
         pass  # the wrappers stay, inert
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     rows: list[Row] = []
     for shape, x, dtype in cases:
         progress.case("x".join(map(str, shape)), short(x), short(dtype))
@@ -82,61 +84,72 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
 
 
 class Layer:
-    """The LayerNorm of a case, what it gets, and what it should give.
+    """A LayerNorm, what it gets, and what it should give.
 
     Args:
         shape: Rows, and features of a row.
         x: The dtype of x.
         autocast: The autocast dtype.
         device: Where it lies.
+        mean: Of x.
     """
 
     def __init__(
-        self, shape: tuple[int, int], x: torch.dtype, autocast: torch.dtype, device: torch.device
+        self,
+        shape: tuple[int, int],
+        x: torch.dtype,
+        autocast: torch.dtype,
+        device: torch.device,
+        mean: float = 0.0,
     ) -> None:
-        torch.manual_seed(0)
-        rows, features = shape
-        self.case = {"M": rows, "N": features, "input": short(x), "autocast": short(autocast)}
+        self.case = {"M": shape[0], "N": shape[1], "input": short(x), "autocast": short(autocast)}
         self.device, self.autocast = device, autocast
-        self.module = torch.nn.LayerNorm(features, device=device)
+        self.x = (torch.randn(shape, device=device) + mean).to(x).requires_grad_()
+        self.upstream = torch.randn_like(self.x, dtype=autocast)
+        self.module = torch.nn.LayerNorm(shape[1], device=device)
         torch.nn.init.normal_(self.module.weight, 1.0, 0.2)
         torch.nn.init.normal_(self.module.bias, 0.0, 0.2)
-        self.x = torch.randn(shape, device=device).to(x).requires_grad_()
-        self.upstream = torch.randn(shape, device=device).to(autocast)
+        exact = copy.deepcopy(self.module).double()
+        self._exact = _results(exact, exact, self.x.double(), self.upstream)
+
+    def errors(
+        self, contender: Contender, run: Callable[[Tensor], Tensor]
+    ) -> tuple[torch.dtype, dict[str, float]]:
+        """Run `run` as the contender does: the output's dtype; errors of output and gradients.
+
+        Relative, against float64; of the output once rounded to the autocast dtype.
+        """
+        with self._context(contender):
+            got = _results(run, self.module, self.x, self.upstream)
+        dtype = got["y"].dtype
+        got["y"] = got["y"].to(self.autocast)
+        return dtype, {name: relative_error(got[name], e) for name, e in self._exact.items()}
 
     def check(
         self, group: Sequence[Contender]
     ) -> tuple[dict[Contender, dict[str, Figure]], dict[Contender, str]]:
-        """Output dtype and errors of the contenders that are right, why not of the others.
+        """Output dtype and errors of the contenders that are right, and why the others are not.
 
         The autocast dtype explains errors of four roundings, and in the gradients of the parameters
         twice the error of PyTorch's own kernel in that dtype, if that is more: on CPU it sums them
         in that dtype, and is off by 0.05 at 4096 rows.
         """
-        module = torch.nn.LayerNorm(self.x.shape[-1], device=self.device, dtype=torch.float64)
-        module.load_state_dict(self.module.state_dict())
-        exact = results(module, module, self.x.double(), self.upstream.double())
-        limits = dict.fromkeys(exact, 4 * torch.finfo(self.autocast).eps)
-        with self._context(RECIPE):
-            for name, value in self._results(RECIPE).items():
-                if name not in ("y", "dx"):
-                    limits[name] = max(limits[name], 2 * relative_error(value, exact[name]))
+        limits = {n: 2 * error for n, error in self.errors(RECIPE, self.module)[1].items()}
+        four = 4 * torch.finfo(self.autocast).eps
+        limits = {n: four if n in ("y", "dx") else max(four, e) for n, e in limits.items()}
 
-        def errors(contender: Contender) -> dict[str, Figure]:
-            with self._context(contender):
-                got = self._results(contender)
-            gives = contender.gives([got["y"].dtype], self.autocast)
-            got["y"] = got["y"].to(self.autocast)
-            errors = {name: relative_error(got[name], exact[name]) for name in exact}
+        def figures(contender: Contender) -> dict[str, Figure]:
+            dtype, errors = self.errors(contender, self._run(contender))
+            gives = contender.gives([dtype], self.autocast)
             contenders.require(errors, limits)
             return {"gives": gives, **{f"error {n}": error for n, error in errors.items()}}
 
-        return contenders.sift(group, errors)
+        return contenders.sift(group, figures)
 
     def entry(self, contender: Contender, backward: bool) -> Entry:
         """A contender that has passed `check`, and the call that is timed."""
         context = functools.partial(self._context, contender)
-        run, x, parameters = self._called(contender), self.x, list(self.module.parameters())
+        run, x, parameters = self._run(contender), self.x, list(self.module.parameters())
         with context():
             upstream = self.upstream.to(run(x).dtype)
 
@@ -152,18 +165,15 @@ class Layer:
         with autocast, contender.applied(self.module):
             yield
 
-    def _called(self, contender: Contender) -> Callable[[Tensor], Tensor]:
+    def _run(self, contender: Contender) -> Callable[[Tensor], Tensor]:
         m, function = self.module, contender.function
         if function is None:
             return m
         shape, weight, bias, eps = m.normalized_shape, m.weight, m.bias, m.eps
         return lambda x: function(x, shape, weight, bias, eps)
 
-    def _results(self, contender: Contender) -> dict[str, Tensor]:
-        return results(self._called(contender), self.module, self.x, self.upstream)
 
-
-def results(
+def _results(
     run: Callable[[Tensor], Tensor], module: torch.nn.Module, x: Tensor, upstream: Tensor
 ) -> dict[str, Tensor]:
     """Output, and gradients of x and of the parameters of `module`, by name."""

@@ -56,15 +56,14 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
 
     A wrong model, or a torch without the parts, ends the process with a line and status 2.
     """
-    names = zoo.names(options.models or ["bert-base"] * options.quick)
     modes, dtypes = options.modes or ["eager"], options.dtypes or [torch.bfloat16]
     rows: list[Row] = []
-    cases = len(names) * len(modes) * len(dtypes)
-    progress.expect(cases, cases)
     try:
         emulated.add_device()
-        entries = [(name, zoo.entry(name)) for name in names]
-        for (name, entry), mode, dtype in itertools.product(entries, modes, dtypes):
+        models = zoo.entries(options.models or ["bert-base"] * options.quick)
+        cases = list(itertools.product(models.items(), modes, dtypes))
+        progress.expect(len(cases), len(cases))
+        for (name, entry), mode, dtype in cases:
             if options.norms:
                 entry = dataclasses.replace(entry, norms=options.norms)
             progress.case(name, mode, short(dtype))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,21 +17,21 @@ import torch
 from torch import Tensor
 
 from lpln_autopatch.backends import lean
-from lpln_autopatch.bench.policy import MissingPart, Policy, policy
+from lpln_autopatch.bench.policy import Policy, policy
 
 NAME = "emulated"
 
 
-class _Device:
-    """What torch asks a module of devices for, as `torch.emulated`."""
-
-    def __getattr__(self, name: str) -> Any:
-        answers: dict[str, Any] = {"is_available": True, "is_initialized": True, "device_count": 1}
-        answers |= {"current_device": 0, "_is_in_bad_fork": False, "manual_seed_all": None}
-        answers["get_amp_supported_dtype"] = [torch.float16, torch.bfloat16]
-        if name not in answers:
-            raise AttributeError(name)
-        return lambda *args: answers[name]
+# What torch asks a module of devices for, as `torch.emulated`.
+_DEVICE = SimpleNamespace(
+    is_available=lambda: True,
+    is_initialized=lambda: True,
+    device_count=lambda: 1,
+    current_device=lambda: 0,
+    _is_in_bad_fork=lambda: False,
+    manual_seed_all=lambda seed: None,
+    get_amp_supported_dtype=lambda: [torch.float16, torch.bfloat16],
+)
 
 
 @functools.cache
@@ -38,19 +39,10 @@ def add_device() -> None:
     """Give this process its accelerator; nothing takes it away again.
 
     Before the first backward: autograd makes a queue for every device that there is then.
-
-    Raises:
-        MissingPart: this torch cannot have one.
     """
-    try:
-        from torch.utils.backend_registration import (
-            _setup_privateuseone_for_python_backend as set_up,
-        )
-    except ImportError as error:
-        raise MissingPart(
-            f"torch {torch.__version__} has no devices made in Python; 2.13 has."
-        ) from error
-    set_up(NAME, _Device())
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend(NAME, _DEVICE)
 
 
 def _attention(
@@ -118,11 +110,7 @@ def _rms_norm_kernel() -> Any:
 
 @contextlib.contextmanager
 def accelerator() -> Iterator[Policy]:
-    """Have the device "emulated" and CUDA's policy on it, with tensors that hold no data.
-
-    Raises:
-        MissingPart: this torch cannot.
-    """
+    """Have the device "emulated" and CUDA's policy on it, with tensors that hold no data."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     add_device()

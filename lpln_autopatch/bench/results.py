@@ -22,6 +22,8 @@ class Quartiles:
 
 
 Figure = float | str | Quartiles
+RATIOS = ("/ stock", "kept / stock", "moved / stock")
+"""The figures that are drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,31 +115,26 @@ def plot(file: Path, heading: str, suites: Mapping[str, list[Row]]) -> None:
     # A contender has one colour in all panels.
     names = list(dict.fromkeys(row.contender for row in every))
     colors = {name: colormaps["tab20"](place) for place, name in enumerate(names)}
-    panels = [panel for suite, rows in suites.items() for panel in _panels(suite, rows)]
-    heights = [max(3.0, 1 + 0.4 * len({row.title for row in rows})) for _, _, rows in panels]
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for suite, rows in suites.items():
+        for row in rows:
+            shown = [r for r in RATIOS if r in row.figures and row.contender != "stock"]
+            for what in [*shown, *["curves"] * bool(row.curves)]:
+                title = f"{suite}: {row.title if what == 'curves' else what}"
+                panels.setdefault((title, what), []).append(row)
+    heights = [max(3.0, 1 + 0.4 * len({row.title for row in rows})) for rows in panels.values()]
     figure = Canvas(figsize=(12, sum(heights, 1.0)), layout="constrained")
     figure.suptitle(heading, fontsize="small")
     grid = figure.subplots(max(1, len(panels)), squeeze=False, height_ratios=heights or None)
-    for (title, ratio, rows), axes in zip(panels, grid[:, 0], strict=False):
+    for ((title, what), rows), axes in zip(panels.items(), grid[:, 0], strict=False):
         axes.set_title(title)
-        if ratio is None:
+        if what == "curves":
             _draw_curves(axes, rows, colors)
         else:
-            _draw_ratios(axes, rows, ratio, colors)
+            _draw_ratios(axes, rows, what, colors)
     handles = [Line2D([], [], color=colors[name], marker="o", label=name) for name in names]
     figure.legend(handles=handles, loc="outside right upper", fontsize="small")
     figure.savefig(file, format="png")
-
-
-def _panels(suite: str, rows: Sequence[Row]) -> list[tuple[str, str | None, list[Row]]]:
-    """Title, ratio to draw (None: curves), and rows, of each panel."""
-    panels: list[tuple[str, str | None, list[Row]]] = []
-    for ratio in ("/ stock", "kept / stock", "moved / stock"):
-        own = [row for row in rows if ratio in row.figures and row.contender != "stock"]
-        panels += [(f"{suite}: {ratio}", ratio, own)] * bool(own)
-    for title in dict.fromkeys(row.title for row in rows if row.curves):
-        panels.append((f"{suite}: {title}", None, [row for row in rows if row.title == title]))
-    return panels
 
 
 def _draw_ratios(axes: Any, rows: Sequence[Row], name: str, colors: Mapping[str, Any]) -> None:
@@ -165,7 +162,7 @@ def _draw_ratios(axes: Any, rows: Sequence[Row], name: str, colors: Mapping[str,
 
 
 def _draw_curves(axes: Any, rows: Sequence[Row], colors: Mapping[str, Any]) -> None:
-    for place, row in enumerate(row for row in rows if row.curves):
+    for place, row in enumerate(rows):
         color = colors[row.contender]
         for curve in row.curves:
             axes.plot(curve, color=color, linewidth=0.5, alpha=0.25)
