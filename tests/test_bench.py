@@ -26,7 +26,6 @@ from lpln_autopatch.torch_compat import CAN_COUNT, CPU_TAKES_MIXED_DTYPES, TORCH
 
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
-OURS = ["lowered (native)", "lowered (lean)"]
 recipe_runs = pytest.mark.skipif(
     TORCH_VERSION < (2, 2), reason="the recipe's CPU kernels are in torch >= 2.2; CI runs it there"
 )
@@ -117,13 +116,15 @@ def test_call_gives_every_ratio(tmp_path):
     assert len(contenders(written["call"])) == (8 if CPU_TAKES_MIXED_DTYPES else 4)
     for names in contenders(written["call"]):
         functions = ["stock F.layer_norm", "inert F.layer_norm"]
-        assert sorted(names) == sorted(["stock", "inert", *OURS, "Composer's recipe", *functions])
+        assert sorted(names) == sorted(
+            ["stock", "inert", "lowered (native)", "Composer's recipe", *functions]
+        )
     for row in written["call"]:
         if row["contender"] == "inert F.layer_norm":
             assert row["figures"]["/ stock F.layer_norm"]["median"] < 100
         if row["contender"] in ("inert", "lowered (native)"):
             assert row["figures"]["/ stock"]["median"] < 100
-    native = [row["figures"] for row in written["call"] if row["contender"] == OURS[0]]
+    native = [row["figures"] for row in written["call"] if row["contender"] == "lowered (native)"]
     assert {figures["gives"] for figures in native} == {"bfloat16"}
 
 

@@ -56,18 +56,15 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
 
     A wrong model, or a torch without the parts, ends the process with a line and status 2.
     """
-    modes, dtypes = options.modes or ["eager"], options.dtypes or [torch.bfloat16]
     rows: list[Row] = []
     try:
         emulated.add_device()
-        models = zoo.entries(options.models or ["bert-base"] * options.quick)
-        cases = list(itertools.product(models.items(), modes, dtypes))
+        cases = _cases(options, rows)
         progress.expect(len(cases), len(cases))
-        for (name, entry), mode, dtype in cases:
-            if options.norms:
-                entry = dataclasses.replace(entry, norms=options.norms)
-            progress.case(name, mode, short(dtype))
-            rows += _count(name, entry, mode, dtype, options)
+        while cases:
+            case, entry, model, dtype = cases.pop(0)
+            progress.case(case["model"], case["mode"], case["autocast"])
+            rows += _count(case, entry, model, dtype)
             progress.update()
     except (MissingPart, zoo.WrongModel) as error:
         print(error, file=sys.stderr)
@@ -75,20 +72,41 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
     return rows
 
 
+def _cases(
+    options: Namespace, rows: list[Row]
+) -> list[tuple[dict[str, object], zoo.Entry, torch.nn.Module, torch.dtype]]:
+    """What to count. All models are built first: a wrong one is known before any is counted.
+
+    One of the default whose package is not here gives a row that says so.
+    """
+    cases = []
+    models = zoo.entries(options.models or ["bert-base"] * options.quick)
+    for (name, entry), mode in itertools.product(models.items(), options.modes or ["eager"]):
+        if options.norms:
+            entry = dataclasses.replace(entry, norms=options.norms)
+        case: dict[str, object] = {"model": name, "mode": mode, "batch": entry.batch}
+        shallow = mode == "compiled" or options.quick
+        try:
+            model = entry.build(shallow)
+        except zoo.WrongModel as error:
+            if options.models:
+                raise
+            rows.append(Row(case, STOCK.name, reason=str(error)))
+            continue
+        if shallow and entry.shallow:
+            case["of"] = entry.depth
+        for dtype in options.dtypes or [torch.bfloat16]:
+            cases.append(
+                ({**case, "autocast": short(dtype), "norms": entry.norms}, entry, model, dtype)
+            )
+    return cases
+
+
 def _count(
-    name: str, entry: zoo.Entry, mode: str, dtype: torch.dtype, options: Namespace
+    case: dict[str, object], entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype
 ) -> list[Row]:
-    case: dict[str, object] = {"model": name, "mode": mode, "autocast": short(dtype)}
-    case |= {"batch": entry.batch, "norms": entry.norms}
-    shallow = mode == "compiled" or options.quick
-    try:
-        model = entry.build(shallow)
-    except zoo.WrongModel as error:
-        if options.models:
-            raise
-        return [Row(case, STOCK.name, reason=str(error))]  # of the default: its package is not here
-    if shallow and entry.shallow:
-        case["of"] = entry.depth
+    """Count a step of `model` by every contender."""
+    mode = str(case["mode"])
     measure = compiled.count if mode == "compiled" else _eager
 
     def check(contender: Contender) -> dict[str, Any]:
@@ -99,7 +117,7 @@ def _count(
 
     passed, reasons = sift(contenders(mode, entry.norms), check)
     if STOCK not in passed:
-        raise zoo.WrongModel(f"{name} cannot be counted: {reasons[STOCK]}")
+        raise zoo.WrongModel(f"{case['model']} cannot be counted: {reasons[STOCK]}")
     for figures in passed.values():
         for what in ("kept", "moved", "peak", "least_ms"):
             if figures.get(what):
