@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from lpln_autopatch.bench.arithmetic import AcceleratorRecipe, FusedArithmetic
 from lpln_autopatch.bench.contenders import (
     Contender,
     StockLayerNorm,
@@ -27,6 +26,7 @@ from lpln_autopatch.bench.contenders import (
     sift,
 )
 from lpln_autopatch.bench.policy import policy
+from lpln_autopatch.bench.recipe import AcceleratorRecipe, FusedArithmetic
 from lpln_autopatch.bench.results import Figure, Row, short
 from lpln_autopatch.bench.timing import Progress
 from lpln_autopatch.bench.trainings import digits, example

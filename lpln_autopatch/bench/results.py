@@ -112,9 +112,9 @@ def plot(file: Path, heading: str, suites: Mapping[str, list[Row]]) -> None:
     from matplotlib.lines import Line2D
 
     every = [row for rows in suites.values() for row in rows if row.reason is None]
-    # A contender has one colour in all panels.
+    # A contender has one colour in all panels; the first ten have the dark ones.
     names = list(dict.fromkeys(row.contender for row in every))
-    colors = {name: colormaps["tab20"](place) for place, name in enumerate(names)}
+    colors = {name: colormaps["tab20"](2 * place % 19) for place, name in enumerate(names)}
     panels: dict[tuple[str, str], list[Row]] = {}
     for suite, rows in suites.items():
         for row in rows:
