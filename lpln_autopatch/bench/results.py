@@ -133,12 +133,12 @@ def plot(file: Path, heading: str, suites: Mapping[str, list[Row]]) -> None:
         else:
             _draw_ratios(axes, rows, what, colors)
     handles = [Line2D([], [], color=colors[name], marker="o", label=name) for name in names]
-    figure.legend(handles=handles, loc="outside right upper", fontsize="small")
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize="small")
     figure.savefig(file, format="png")
 
 
 def _draw_ratios(axes: Any, rows: Sequence[Row], name: str, colors: Mapping[str, Any]) -> None:
-    from matplotlib.ticker import AutoLocator, NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     cases = list(dict.fromkeys(row.title for row in rows))
     contenders = list(dict.fromkeys(row.contender for row in rows))
@@ -155,7 +155,7 @@ def _draw_ratios(axes: Any, rows: Sequence[Row], name: str, colors: Mapping[str,
     axes.invert_yaxis()
     # Half and double are as far from 1.
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(AutoLocator())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7, 8, 9)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("left of 1: less than stock")
