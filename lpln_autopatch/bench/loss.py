@@ -32,13 +32,15 @@ from lpln_autopatch.bench.timing import Progress
 from lpln_autopatch.bench.trainings import digits, example
 
 LEGEND = """\
-gives          the dtype of what the LayerNorms return
-gradient norm  of all parameters, the mean of the last tenth of the steps
-skipped steps  by the GradScaler, of all seeds
-final loss     the mean of the last tenth of the steps, and of the seeds; spread: between seeds
-minus stock    of the final losses, paired by seed: the mean; 95 % +-: its interval
-largest minus stock: of these differences
-largest rise   of a loss above the mean of the ten before it: a spike"""
+gives                the dtype of what the LayerNorms return
+gradient norm        of all parameters, the mean of the last tenth of the steps
+skipped steps        by the GradScaler, of all seeds
+final loss           the mean of the last tenth of the steps, and of the seeds
+spread of seeds      the standard deviation of the final losses
+minus stock          the mean of the differences of final losses, paired by seed
+95 % +-              the interval of that mean
+largest minus stock  of these differences
+largest rise         of a loss above the mean of the ten before it: a spike"""
 # Of Student's distribution, by degrees of freedom: a 95 % interval of a mean.
 T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 FLOAT32 = Contender("float32")
