@@ -190,7 +190,7 @@ sys.path.insert(0, {folder!r})
 from lpln_autopatch.bench import counting, emulated
 from lpln_autopatch.bench.policy import policy
 from lpln_autopatch.bench.recipe import ComposerRecipe
-from lpln_autopatch.bench.rivals import Contender
+from lpln_autopatch.bench.contenders import Contender
 
 def block():
     layer = torch.nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True)
@@ -207,7 +207,7 @@ def kept(contender, device, policy):
     with contender.applied(model):
         return counting.count(forward, model, policy, [x]).kept
 
-for contender in (Contender("stock"), Contender("recipe", lambda: ComposerRecipe)):
+for contender in (Contender("stock"), Contender("recipe", ComposerRecipe)):
     with emulated.accelerator() as accelerator:
         counted = kept(contender, emulated.NAME, accelerator)
     with policy("cpu") as cpu:
