@@ -40,7 +40,7 @@ help:
 # then what a GPU would do for a step of two real models, counted. Not the speed: two runs, one
 # after the other, compare none.
 demo: $(RUNS)
-	$(DEMO)/bin/pip install --quiet transformers $(TORCH)
+	$(DEMO)/bin/pip install --quiet transformers tabulate $(TORCH)
 	$(DEMO)/bin/python $(EXAMPLE) --steps 30 > $(DEMO)/stock.tsv
 	LPLN_PRECISION=amp $(DEMO)/bin/python $(EXAMPLE) --steps 30 > $(DEMO)/lowered.tsv
 	@printf '\nfigure\tstock\t\tLPLN_PRECISION=amp\n' > $(DEMO)/demo.tsv

@@ -106,8 +106,10 @@ def test_wrong_model_is_one_line(tmp_path, model, message):
     command = ["-m", "lpln_autopatch", "bench", "count", "--models", model]
     result = run_python(*command, check=False, PYTHONPATH=str(tmp_path))
     assert result.returncode == 2, result.stderr
-    (line,) = result.stderr.splitlines()
+    *before, line = result.stderr.splitlines()
     assert message in line
+    # All models are built before the first is counted.
+    assert before == ["count, small:fails, eager, bfloat16 (1 of 1)"] * model.endswith("fails")
 
 
 def operators_of(lists: object) -> list[tuple]:
@@ -188,7 +190,7 @@ sys.path.insert(0, {folder!r})
 from lpln_autopatch.bench import counting, emulated
 from lpln_autopatch.bench.policy import policy
 from lpln_autopatch.bench.recipe import ComposerRecipe
-from lpln_autopatch.bench.rivals import Contender
+from lpln_autopatch.bench.contenders import Contender
 
 def block():
     layer = torch.nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True)
@@ -205,7 +207,7 @@ def kept(contender, device, policy):
     with contender.applied(model):
         return counting.count(forward, model, policy, [x]).kept
 
-for contender in (Contender("stock"), Contender("recipe", lambda: ComposerRecipe)):
+for contender in (Contender("stock"), Contender("recipe", ComposerRecipe)):
     with emulated.accelerator() as accelerator:
         counted = kept(contender, emulated.NAME, accelerator)
     with policy("cpu") as cpu:

@@ -11,8 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 import lpln_autopatch as lpln
 from lpln_autopatch import low_precision_layernorm
-from lpln_autopatch.bench import rivals, timing
-from lpln_autopatch.bench.layer import Case, Layer
 from lpln_autopatch.bench.recipe import ComposerRecipe
 
 # test_native.py covers the path that CUDA takes without one.
@@ -66,20 +64,24 @@ def test_error_is_not_above_composers(dtype, input_dtype, compiled):
         assert error <= 1.02 * allowed + 1e-5
 
 
+def kernels(call, *args) -> list[str]:
+    """The names of the kernels that a call launches, after one that is not counted."""
+    call(*args)
+    with torch.profiler.profile() as profile:
+        call(*args)
+        torch.cuda.synchronize()
+    return [e.name for e in profile.events() if "CUDA" in str(e.device_type)]
+
+
 @each_dtype
 def test_kernels_of_a_call(dtype):
     """With x in the autocast dtype: never more kernels than Composer's recipe launches."""
-    device = torch.device("cuda")
-    layer = Layer(Case(4096, 1024, dtype, dtype), device)
-    contenders = (rivals.LOWERED[0], rivals.Contender("recipe", lambda: ComposerRecipe))
-    assert not layer.check(contenders)[1]
-    entries = [layer.entry(contender, backward=False) for contender in contenders]
-    counts = []
-    for entry in entries:
-        with entry.context():
-            counts.append(timing.kernels(entry.call, device))
-    lowered, composer = counts
-    assert 1 <= lowered <= composer
+    ours, composer, _ = layer_norms(1024)
+    x = torch.randn(4096, 1024, device="cuda", dtype=dtype)
+    with torch.autocast("cuda", dtype=dtype):
+        theirs = kernels(composer, x)
+        with low_precision_layernorm():
+            assert 1 <= len(kernels(ours, x)) <= len(theirs)
 
 
 @each_dtype
@@ -89,12 +91,8 @@ def test_compiled_call_is_one_kernel(dtype):
     compiled = torch.compile(ours, fullgraph=True)
     x = torch.randn(4096, 1024, device="cuda", dtype=dtype)
     with low_precision_layernorm(), torch.no_grad(), torch.autocast("cuda", dtype=dtype):
-        compiled(x)
-        with torch.profiler.profile() as profile:
-            compiled(x)
-            torch.cuda.synchronize()
-    kernels = [e for e in profile.events() if "CUDA" in str(e.device_type)]
-    assert len(kernels) == 1, [e.name for e in kernels]
+        names = kernels(compiled, x)
+    assert len(names) == 1, names
 
 
 @each_dtype
@@ -130,25 +128,9 @@ def test_memory_is_not_above_composers(dtype):
     assert peak(torch.nn.LayerNorm, True) <= peak(ComposerRecipe, False)
 
 
-@pytest.mark.parametrize("graph", [[], ["--graph"]], ids=["events", "graphs"])
-def test_kernel_suite_gives_rates(graph, tmp_path):
-    """The benchmark of the kernels: times, rates and the share of a copy that is not above one."""
-    file = tmp_path / "figures.json"
-    command = ["-m", "lpln_autopatch", "bench", "kernel", "--device", "cuda", "--features", "1024"]
-    arguments = ["--dtype", "bfloat16", "--rounds", "5", *graph, "--json", str(file)]
-    run_python(*command, *arguments, timeout=600)
-    rows = json.loads(file.read_text())["suites"]["kernel"]
-    for name in ("stock", "lowered (native)", "stock, compiled", "lowered, compiled"):
-        measured = [row["figures"] for row in rows if row["contender"] == name]
-        assert len(measured) == 8  # two inputs, with bias and without, two passes
-        for figures in measured:
-            assert figures["us"]["median"] > 10  # 256 MiB at 26 TB/s
-            assert 0 < figures["share of copy"]["median"] < 1.2
-
-
-@pytest.mark.parametrize("suite", ["call", "model", "loss"])
+@pytest.mark.parametrize("suite", ["call", "loss"])
 def test_suite_measures_on_cuda(suite, tmp_path):
-    """The other suites: native and stock have figures, those of a GPU among them."""
+    """The suites that run on a device have figures of lowered calls there."""
     file = tmp_path / "figures.json"
     command = ["-m", "lpln_autopatch", "bench", suite, "--device", "cuda", "--quick"]
     run_python(*command, "--json", str(file), timeout=600)
@@ -157,5 +139,4 @@ def test_suite_measures_on_cuda(suite, tmp_path):
     assert lowered
     for row in lowered:
         assert row["reason"] is None
-        figure = {"call": "kernels", "model": "peak MiB", "loss": "final loss"}[suite]
-        assert row["figures"][figure] > 0
+        assert {"call": "/ stock", "loss": "final loss"}[suite] in row["figures"]

@@ -77,13 +77,6 @@ def standard_library_text():
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def sample_batch(text, args, generator):
-    """Tokens and the bytes that follow them, both (batch size, context), int64."""
-    starts = torch.randint(len(text) - args.context, (args.batch_size, 1), generator=generator)
-    windows = text[starts + torch.arange(args.context + 1)].long().to(args.device)
-    return windows[:, :-1], windows[:, 1:]
-
-
 def record_layernorm_dtypes(model):
     """A set that collects the dtypes of what the LayerNorms of `model` give."""
     dtypes = set()
@@ -128,10 +121,19 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr)
         self.scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
 
+    def batch(self):
+        """Tokens and the bytes that follow them, both (batch size, context), int64."""
+        args = self.args
+        starts = torch.randint(
+            len(self.text) - args.context, (args.batch_size, 1), generator=self.generator
+        )
+        windows = self.text[starts + torch.arange(args.context + 1)].long().to(args.device)
+        return windows[:, :-1], windows[:, 1:]
+
     def loss_of_one_batch(self):
-        tokens, targets = sample_batch(self.text, self.args, self.generator)
+        batch = self.batch()
         with torch.autocast(self.args.device, dtype=getattr(torch, self.args.dtype)):
-            return self.run_model(tokens, targets)
+            return self.run_model(*batch)
 
     def step(self):
         """Learn from one batch, and its loss."""

@@ -1,76 +1,184 @@
-"""One LayerNorm call on the host: what dispatch costs, whatever the device does meanwhile.
+"""One call of LayerNorm, and of `F.layer_norm` by itself: what a call costs, and its error.
 
-On CPU that is the whole call. The module is called, and `F.layer_norm` by itself.
+Wall time on one thread, from the start of a turn to the end of all that it launched.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import itertools
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from lpln_autopatch import low_precision_layernorm
-from lpln_autopatch.bench import timing
-from lpln_autopatch.bench.layer import PASSES, Case, Layer, rows_of
-from lpln_autopatch.bench.options import Options
-from lpln_autopatch.bench.results import Figure, Row
-from lpln_autopatch.bench.rivals import (
-    INERT,
-    INERT_FUNCTION,
-    LOWERED,
-    STOCK,
-    STOCK_FUNCTION,
-    composer,
-)
+from lpln_autopatch.bench import contenders, timing
+from lpln_autopatch.bench.contenders import Contender, relative_error
+from lpln_autopatch.bench.recipe import ComposerRecipe
+from lpln_autopatch.bench.results import Figure, Row, short
 from lpln_autopatch.bench.timing import Entry, Progress
 from lpln_autopatch.torch_compat import CPU_TAKES_MIXED_DTYPES
 
+LEGEND = """\
+M, N     rows, and features of a row; input: the dtype of x
+/ NAME   time over that of NAME: median (quartiles) of the rounds; below 1 is faster
+gives    the dtype of what LayerNorm returns
+error    relative, against float64: of y once rounded to the autocast dtype, of each gradient"""
 SHAPES = ((8, 64), (4096, 1024))
+PASSES = {False: "forward", True: "forward and backward"}
+STOCK = Contender("stock", contenders.StockLayerNorm)
+RECIPE = Contender("Composer's recipe", ComposerRecipe)
 
 
-def cases(options: Options) -> Iterator[Case]:
-    """Two shapes, each with float32 input and with input in the autocast dtype."""
-    for dtype in options.dtypes or [torch.bfloat16]:
-        inputs = [torch.float32]
-        if options.device.type != "cpu" or CPU_TAKES_MIXED_DTYPES:
-            inputs.append(dtype)
-        for x, shape in itertools.product(inputs, SHAPES):
-            yield Case(*shape, x, dtype)
+def groups(device: torch.device) -> tuple[list[Contender], list[Contender]]:
+    """The contenders that run the module, and those that call the function; stock is the first."""
+    # On CPU fused hands every call to native, and lean is not for it.
+    ours = ("native",) if device.type == "cpu" else ("native", "fused", "lean")
+    lowered = [Contender(f"lowered ({name})", backend=name) for name in ours]
+    functions = [("stock", contenders.stock.layer_norm), ("inert", F.layer_norm)]
+    return (
+        [STOCK, Contender("inert"), *lowered, RECIPE],
+        [Contender(f"{name} F.layer_norm", function=each) for name, each in functions],
+    )
 
 
-def run(options: Options, progress: Progress) -> list[Row]:
-    """Time every contender, on one thread."""
-    every = list(cases(options))
-    progress.reset(2 * len(every) * len(PASSES) * options.rounds_or(60))
+def run(options: Namespace, progress: Progress) -> list[Row]:
+    """Time every contender: two shapes, each with float32 x and with x in the autocast dtype."""
+    mixed = options.device.type != "cpu" or CPU_TAKES_MIXED_DTYPES
+    cases = [
+        (shape, x, dtype)
+        for dtype in options.dtypes or [torch.bfloat16]
+        for x in [torch.float32, *[dtype] * mixed]
+        for shape in SHAPES
+    ]
+    rounds = options.rounds or (2 if options.quick else 60)
+    progress.expect(len(cases), 2 * len(PASSES) * len(cases) * rounds)
     timing.keep_freed_memory()
     with low_precision_layernorm():
         pass  # the wrappers stay, inert
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     rows: list[Row] = []
-    for case in every:
-        progress.set_description_str(f"call, {case.rows}x{case.features}")
-        rows += _measure(Layer(case, options.device), options, progress)
+    for shape, x, dtype in cases:
+        progress.case("x".join(map(str, shape)), short(x), short(dtype))
+        layer = Layer(shape, x, dtype, options.device)
+        checked = [(group[0], *layer.check(group)) for group in groups(options.device)]
+        for backward, (stock, passed, reasons) in itertools.product(PASSES, checked):
+            case = {"pass": PASSES[backward], **layer.case}
+            rows += [Row(case, c.name, reason=reason) for c, reason in reasons.items()]
+            entries = {c: layer.entry(c, backward) for c in passed}
+            timing.interleave(list(entries.values()), options.device, rounds, progress)
+            others = [other for other in (stock, RECIPE) if other in entries]
+            for contender, entry in entries.items():
+                ratios = {f"/ {o.name}": entry.over(entries[o]) for o in others if o != contender}
+                checks = {n: f for n, f in passed[contender].items() if backward or " d" not in n}
+                rows.append(Row(case, contender.name, {**ratios, **checks}))
     torch.set_num_threads(threads)
     return rows
 
 
-def _measure(layer: Layer, options: Options, progress: Progress) -> list[Row]:
-    device = options.device
+class Layer:
+    """A LayerNorm, what it gets, and what it should give.
 
-    def kernels(entry: Entry) -> dict[str, Figure]:
-        if device.type == "cpu":
-            return {}
-        with entry.context():
-            return {"kernels": timing.kernels(entry.call, device)}
+    Args:
+        shape: Rows, and features of a row.
+        x: The dtype of x.
+        autocast: The autocast dtype.
+        device: Where it lies.
+        mean: Of x.
+    """
 
-    modules = layer.check((STOCK, INERT, *LOWERED, composer(device)))
-    functions = layer.check((STOCK_FUNCTION, INERT_FUNCTION))
-    rows: list[Row] = []
-    for backward in PASSES:
-        for checked in (modules, functions):
-            entries = [layer.entry(contender, backward) for contender in checked[0]]
-            timing.interleave(entries, timing.host_seconds, device, options.rounds_or(60), progress)
-            rows += rows_of(layer, backward, checked, entries, kernels)
-    return rows
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        x: torch.dtype,
+        autocast: torch.dtype,
+        device: torch.device,
+        mean: float = 0.0,
+    ) -> None:
+        self.case = {"M": shape[0], "N": shape[1], "input": short(x), "autocast": short(autocast)}
+        self.device, self.autocast = device, autocast
+        self.x = (torch.randn(shape, device=device) + mean).to(x).requires_grad_()
+        self.upstream = torch.randn_like(self.x, dtype=autocast)
+        self.module = torch.nn.LayerNorm(shape[1], device=device)
+        torch.nn.init.normal_(self.module.weight, 1.0, 0.2)
+        torch.nn.init.normal_(self.module.bias, 0.0, 0.2)
+        exact = copy.deepcopy(self.module).double()
+        self._exact = _results(exact, exact, self.x.double(), self.upstream)
+
+    def errors(
+        self, contender: Contender, run: Callable[[Tensor], Tensor]
+    ) -> tuple[torch.dtype, dict[str, float]]:
+        """Run `run` as the contender does: the output's dtype; errors of output and gradients.
+
+        Relative, against float64; of the output once rounded to the autocast dtype.
+        """
+        with self._context(contender):
+            got = _results(run, self.module, self.x, self.upstream)
+        dtype = got["y"].dtype
+        got["y"] = got["y"].to(self.autocast)
+        return dtype, {name: relative_error(got[name], e) for name, e in self._exact.items()}
+
+    def check(
+        self, group: Sequence[Contender]
+    ) -> tuple[dict[Contender, dict[str, Figure]], dict[Contender, str]]:
+        """Output dtype and errors of the contenders that are right, and why the others are not.
+
+        The autocast dtype explains errors of four roundings, and in the gradients of the parameters
+        twice the error of PyTorch's own kernel in that dtype, if that is more: on CPU it sums them
+        in that dtype, and is off by 0.05 at 4096 rows.
+        """
+        limits = {n: 2 * error for n, error in self.errors(RECIPE, self.module)[1].items()}
+        four = 4 * torch.finfo(self.autocast).eps
+        limits = {n: four if n in ("y", "dx") else max(four, e) for n, e in limits.items()}
+
+        def figures(contender: Contender) -> dict[str, Figure]:
+            dtype, errors = self.errors(contender, self._run(contender))
+            gives = contender.gives([dtype], self.autocast)
+            contenders.require(errors, limits)
+            return {"gives": gives, **{f"error {n}": error for n, error in errors.items()}}
+
+        return contenders.sift(group, figures)
+
+    def entry(self, contender: Contender, backward: bool) -> Entry:
+        """A contender that has passed `check`, and the call that is timed."""
+        context = functools.partial(self._context, contender)
+        run, x, parameters = self._run(contender), self.x, list(self.module.parameters())
+        with context():
+            upstream = self.upstream.to(run(x).dtype)
+
+        def forward_and_backward() -> None:
+            torch.autograd.grad(run(x), [x, *parameters], upstream)
+
+        call = forward_and_backward if backward else functools.partial(run, x)
+        return Entry(contender.name, context, call)
+
+    @contextlib.contextmanager
+    def _context(self, contender: Contender) -> Iterator[None]:
+        autocast = torch.autocast(self.device.type, dtype=self.autocast)
+        with autocast, contender.applied(self.module):
+            yield
+
+    def _run(self, contender: Contender) -> Callable[[Tensor], Tensor]:
+        m, function = self.module, contender.function
+        if function is None:
+            return m
+        shape, weight, bias, eps = m.normalized_shape, m.weight, m.bias, m.eps
+        return lambda x: function(x, shape, weight, bias, eps)
+
+
+def _results(
+    run: Callable[[Tensor], Tensor], module: torch.nn.Module, x: Tensor, upstream: Tensor
+) -> dict[str, Tensor]:
+    """Output, and gradients of x and of the parameters of `module`, by name."""
+    x = x.detach().requires_grad_()
+    y = run(x)
+    inputs = {"x": x, **dict(module.named_parameters())}
+    gradients = torch.autograd.grad(y, list(inputs.values()), upstream.to(y.dtype))
+    return {"y": y.detach(), **{f"d{n}": g for n, g in zip(inputs, gradients, strict=True)}}

@@ -7,25 +7,37 @@ AOTAutograd's partitioner keeps and what Inductor makes of it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from lpln_autopatch import backends
 from lpln_autopatch.bench import compiled, counting, emulated, zoo
 from lpln_autopatch.bench.batches import loss_of
-from lpln_autopatch.bench.options import Options
+from lpln_autopatch.bench.contenders import Contender, sift
 from lpln_autopatch.bench.policy import MissingPart
 from lpln_autopatch.bench.recipe import ComposerRecipe
-from lpln_autopatch.bench.results import Figure, Row, short
-from lpln_autopatch.bench.rivals import Contender, sift
+from lpln_autopatch.bench.results import Row, not_measured, short
 from lpln_autopatch.bench.timing import Progress
 
+LEGEND = """\
+batch          items of a training step, forward and backward
+norms lowered  by native, of all norms that the model calls
+kept           bytes that autograd keeps from forward to backward, in GiB
+moved          bytes that all operators read and write
+peak           the most bytes that were alive at once, without an optimizer
+least ms       a bound for an A100 from bytes and FLOPs, no measurement
+kernels        of compiled code
+native, lean, recipe (Composer's): as ratios to stock, in the column before; below 1 is less"""
 STOCK = Contender("stock")
-RECIPE = "recipe"
-GIB = 2**30
-UNITS = {"kernels": "kernels", "least_ms": "least ms"}
+COLUMNS = {
+    "eager": {"kept": "kept GiB", "moved": "moved GiB", "peak": "peak GiB", "least_ms": "least ms"},
+    "compiled": {"kept": "kept GiB", "moved": "moved GiB", "kernels": "kernels"},
+}
 
 
 def contenders(mode: str, norms: str) -> list[Contender]:
@@ -35,71 +47,85 @@ def contenders(mode: str, norms: str) -> list[Contender]:
     return [
         STOCK,
         *(Contender(b, backend=b, norms=norms) for b in ours if b in backends.names()),
-        Contender(RECIPE, lambda: ComposerRecipe, norms=norms),
+        Contender("recipe", ComposerRecipe, norms=norms),
     ]
 
 
-def run(options: Options, progress: Progress) -> list[Row]:
+def run(options: Namespace, progress: Progress) -> list[Row]:
     """Count every model in every mode and autocast dtype.
 
     A wrong model, or a torch without the parts, ends the process with a line and status 2.
     """
-    dtypes = options.dtypes or [torch.bfloat16]
-    modes = options.modes or ["eager"]
-    names = zoo.names(options.models or ["bert-base"] * options.quick)
     rows: list[Row] = []
-    progress.reset(len(names) * len(modes) * len(dtypes))
     try:
         emulated.add_device()
-        entries = {name: zoo.entry(name) for name in names}
-        for name, entry in entries.items():
-            if options.norms:
-                entry = dataclasses.replace(entry, norms=options.norms)
-            for mode in modes:
-                for dtype in dtypes:
-                    progress.set_description_str(f"count, {name}, {mode}, {short(dtype)}")
-                    rows += _count(name, entry, mode, dtype, options)
-                    progress.update()
+        cases = _cases(options, rows)
+        progress.expect(len(cases), len(cases))
+        while cases:
+            case, entry, model, dtype = cases.pop(0)
+            progress.case(case["model"], case["mode"], case["autocast"])
+            rows += _count(case, entry, model, dtype)
+            progress.update()
     except (MissingPart, zoo.WrongModel) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from error
     return rows
 
 
+def _cases(
+    options: Namespace, rows: list[Row]
+) -> list[tuple[dict[str, object], zoo.Entry, torch.nn.Module, torch.dtype]]:
+    """What to count. All models are built first: a wrong one is known before any is counted.
+
+    One of the default whose package is not here gives a row that says so.
+    """
+    cases = []
+    models = zoo.entries(options.models or ["bert-base"] * options.quick)
+    for (name, entry), mode in itertools.product(models.items(), options.modes or ["eager"]):
+        if options.norms:
+            entry = dataclasses.replace(entry, norms=options.norms)
+        case: dict[str, object] = {"model": name, "mode": mode, "batch": entry.batch}
+        shallow = mode == "compiled" or options.quick
+        try:
+            model = entry.build(shallow)
+        except zoo.WrongModel as error:
+            if options.models:
+                raise
+            rows.append(Row(case, STOCK.name, reason=str(error)))
+            continue
+        if shallow and entry.shallow:
+            case["of"] = entry.depth
+        for dtype in options.dtypes or [torch.bfloat16]:
+            cases.append(
+                ({**case, "autocast": short(dtype), "norms": entry.norms}, entry, model, dtype)
+            )
+    return cases
+
+
 def _count(
-    name: str, entry: zoo.Entry, mode: str, dtype: torch.dtype, options: Options
-) -> Iterator[Row]:
-    case: dict[str, object] = {"model": name, "mode": mode, "autocast": short(dtype)}
-    case |= {"batch": entry.batch, "norms": entry.norms}
-    shallow = mode == "compiled" or options.quick
-    try:
-        model = entry.build(shallow)
-    except zoo.WrongModel as error:
-        if options.models:
-            raise
-        yield Row(case, STOCK.name, reason=str(error))  # of the default: its package is not here
-        return
-    if shallow and entry.shallow:
-        case["of"] = entry.depth
+    case: dict[str, object], entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype
+) -> list[Row]:
+    """Count a step of `model` by every contender."""
+    mode = str(case["mode"])
     measure = compiled.count if mode == "compiled" else _eager
 
-    def check(contender: Contender) -> dict[str, Figure]:
+    def check(contender: Contender) -> dict[str, Any]:
         if contender.name == "fused":
             raise ImportError("Triton's kernels need a GPU: they do not run without data")
         with contender.applied(model):
-            counts = measure(entry, model, dtype)
-        return dataclasses.asdict(counts)
+            return dataclasses.asdict(measure(entry, model, dtype))
 
-    passed, reasons = sift(contenders(mode, entry.norms), torch.device("cpu"), check)
+    passed, reasons = sift(contenders(mode, entry.norms), check)
     if STOCK not in passed:
-        raise zoo.WrongModel(f"{name} cannot be counted: {reasons[STOCK]}")
-    for contender, figures in passed.items():
+        raise zoo.WrongModel(f"{case['model']} cannot be counted: {reasons[STOCK]}")
+    for figures in passed.values():
         for what in ("kept", "moved", "peak", "least_ms"):
             if figures.get(what):
-                figures[f"{what} / stock"] = figures[what] / passed[STOCK][what]  # type: ignore[operator]
-        yield Row(case, contender.name, figures)
-    for contender, reason in reasons.items():
-        yield Row(case, contender.name, reason=reason)
+                figures[f"{what} / stock"] = figures[what] / passed[STOCK][what]
+    return [
+        *(Row(case, contender.name, figures) for contender, figures in passed.items()),
+        *(Row(case, contender.name, reason=reason) for contender, reason in reasons.items()),
+    ]
 
 
 def _eager(entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype) -> counting.Counts:
@@ -116,54 +142,36 @@ def _eager(entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype) -> coun
 
 def table(rows: Sequence[Row]) -> str:
     """A line for each model, in Markdown: stock in GiB, the others as ratios to it."""
-    lines: list[str] = []
-    for mode in dict.fromkeys(row.case["mode"] for row in rows):
-        cases: dict[str, dict[str, Row]] = {}
-        for row in rows:
-            if row.case["mode"] == mode and not (row.reason and row.contender == STOCK.name):
-                cases.setdefault(row.title, {})[row.contender] = row
-        lines += ["", *_table(str(mode), list(cases.values()))]
-    absent = {(r.case["model"], r.contender, r.reason) for r in rows if r.reason}
-    whole = {(c, reason) for _, c, reason in absent if "GPU" in str(reason)}
-    lines += ["", *(f"not counted: {c}: {reason}" for c, reason in sorted(whole))]
-    lines += [
-        f"not counted: {model}, {c}: {reason}"
-        for model, c, reason in sorted(absent)
-        if (c, reason) not in whole
-    ]
-    return "\n".join(lines)
+    from tabulate import tabulate
+
+    blocks: list[str] = []
+    cases: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        if row.reason is None:
+            of_kind = cases.setdefault((str(row.case["mode"]), str(row.case["autocast"])), {})
+            of_kind.setdefault(row.title, {})[row.contender] = row
+    for (mode, dtype), models in cases.items():
+        others = dict.fromkeys(c for rows in models.values() for c in rows if c != STOCK.name)
+        header = [f"{mode}, {dtype}", "batch", *["norms lowered"] * (mode == "eager")]
+        for column in COLUMNS[mode].values():
+            header += [column, *others]
+        lines = [_line(of_model, mode, list(others)) for of_model in models.values()]
+        blocks.append(tabulate(lines, header, "github", disable_numparse=True) + "\n")
+    return "\n".join([*blocks, *not_measured(rows)])
 
 
-def _table(mode: str, cases: list[dict[str, Row]]) -> list[str]:
-    dtypes = {str(case[STOCK.name].case["autocast"]) for case in cases}
-    others = dict.fromkeys(c for case in cases for c, row in case.items() if not row.reason)
-    others.pop(STOCK.name)
-    header = (
-        [mode, "batch"] + ["autocast"] * (len(dtypes) > 1) + ["norms lowered"] * (mode == "eager")
-    )
-    last = ("peak", "least_ms") if mode == "eager" else ("kernels",)
-    for what in ("kept", "moved", *last):
-        header += [UNITS.get(what, f"{what} GiB"), *others]
-    lines = [header, ["---"] * len(header)]
-    for case in cases:
-        stock = case[STOCK.name]
-        about = stock.case
-        shallow = f" ({about['of']})" if "of" in about else ""
-        line = [f"{about['model']}{shallow}", f"{about['batch']}"]
-        line += [str(about["autocast"])] * (len(dtypes) > 1)
-        if mode == "eager":
-            native = case["native"].figures
-            line.append(f"{native.get('lowered_calls', '-')} of {native.get('norm_calls', '-')}")
-        for what in ("kept", "moved", *last):
-            own = stock.figures[what]
-            line.append(f"{own:.4g}" if what in UNITS else f"{own / GIB:.2f}")  # type: ignore[operator]
-            line += [_ratio(case.get(other), what, own) for other in others]
-        lines.append(line)
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def _ratio(row: Row | None, what: str, own: Figure) -> str:
-    if row is None or row.reason:
-        return "-"
-    value = row.figures[what]
-    return f"{value}" if what == "kernels" else f"{value / own:.3f}"  # type: ignore[operator]
+def _line(rows: dict[str, Row], mode: str, others: Sequence[str]) -> list[str]:
+    case, stock = rows[STOCK.name].case, rows[STOCK.name].figures
+    of = f" ({case['of']})" if "of" in case else ""
+    line = [f"{case['model']}{of}", str(case["batch"])]
+    if mode == "eager":
+        native = rows["native"].figures if "native" in rows else {}
+        line.append(f"{native.get('lowered_calls', '-')} of {stock['norm_calls']}")
+    for what, column in COLUMNS[mode].items():
+        own: Any = stock[what]
+        line.append(f"{own / 2**30:.2f}" if column.endswith("GiB") else f"{own:.4g}")
+        for other in others:
+            theirs: Any = rows[other].figures[what] if other in rows else None
+            ratio = theirs if what == "kernels" or theirs is None else f"{theirs / own:.3f}"
+            line.append("-" if ratio is None else str(ratio))
+    return line

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,21 +17,21 @@ import torch
 from torch import Tensor
 
 from lpln_autopatch.backends import lean
-from lpln_autopatch.bench.policy import MissingPart, Policy, policy
+from lpln_autopatch.bench.policy import Policy, policy
 
 NAME = "emulated"
 
 
-class _Device:
-    """What torch asks a module of devices for, as `torch.emulated`."""
-
-    def __getattr__(self, name: str) -> Any:
-        answers: dict[str, Any] = {"is_available": True, "is_initialized": True, "device_count": 1}
-        answers |= {"current_device": 0, "_is_in_bad_fork": False, "manual_seed_all": None}
-        answers["get_amp_supported_dtype"] = [torch.float16, torch.bfloat16]
-        if name not in answers:
-            raise AttributeError(name)
-        return lambda *args: answers[name]
+# What torch asks a module of devices for, as `torch.emulated`.
+_DEVICE = SimpleNamespace(
+    is_available=lambda: True,
+    is_initialized=lambda: True,
+    device_count=lambda: 1,
+    current_device=lambda: 0,
+    _is_in_bad_fork=lambda: False,
+    manual_seed_all=lambda seed: None,
+    get_amp_supported_dtype=lambda: [torch.float16, torch.bfloat16],
+)
 
 
 @functools.cache
@@ -38,19 +39,10 @@ def add_device() -> None:
     """Give this process its accelerator; nothing takes it away again.
 
     Before the first backward: autograd makes a queue for every device that there is then.
-
-    Raises:
-        MissingPart: this torch cannot have one.
     """
-    try:
-        from torch.utils.backend_registration import (
-            _setup_privateuseone_for_python_backend as set_up,
-        )
-    except ImportError as error:
-        raise MissingPart(
-            f"torch {torch.__version__} has no devices made in Python; 2.13 has."
-        ) from error
-    set_up(NAME, _Device())
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend(NAME, _DEVICE)
 
 
 def _attention(
@@ -83,46 +75,37 @@ def _attention(
 
 def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: Any = None) -> Tensor:
     """One kernel, as CUDA has it since torch 2.9; on a device made in Python torch has ten."""
-    y: Tensor = _kernels().apply(x, weight)
+    y: Tensor = _rms_norm_kernel()(x, weight)[0]
     return y
 
 
 @functools.cache
-def _kernels() -> Any:
-    """A differentiable RMSNorm, which keeps x and 1 / rms of each row."""
-    new: Any = torch.library.Library
-    library = new(NAME, "DEF")
-    library.define("rms_norm(Tensor x, Tensor? weight) -> (Tensor, Tensor)")
-    library.define(
-        "rms_norm_backward(Tensor dy, Tensor x, Tensor rstd, Tensor? weight) -> (Tensor, Tensor)"
-    )
+def _rms_norm_kernel() -> Any:
+    """A differentiable RMSNorm, which keeps x, weight, and 1 / rms of each row."""
 
+    @torch.library.custom_op(f"{NAME}::rms_norm", mutates_args=())
     def forward(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
-    def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None) -> Any:
+    @torch.library.custom_op(f"{NAME}::rms_norm_backward", mutates_args=())
+    def backward(
+        dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         return torch.empty_like(x), torch.empty_like(x[0] if weight is None else weight)
 
-    for name, function in (("rms_norm", forward), ("rms_norm_backward", backward)):
-        torch.library.register_fake(f"{NAME}::{name}", function, lib=library)
-    operators: Any = getattr(torch.ops, NAME)
+    def keep(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)  # of rstd there is none
+        x, weight = inputs
+        ctx.save_for_backward(x, output[1], weight)
 
-    class RMSNorm(torch.autograd.Function):
-        library_that_must_live = library
+    def differentiate(ctx: Any, dy: Tensor, _: Tensor) -> Any:
+        dx, dweight = backward(dy, *ctx.saved_tensors)
+        return dx, None if ctx.saved_tensors[2] is None else dweight
 
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Any:
-            y, rstd = operators.rms_norm(x, weight)
-            ctx.save_for_backward(x, rstd, weight)
-            return y
-
-        @staticmethod
-        def backward(ctx: Any, *dy: Any) -> Any:
-            x, rstd, weight = ctx.saved_tensors
-            dx, dweight = operators.rms_norm_backward(dy[0], x, rstd, weight)
-            return dx, None if weight is None else dweight
-
-    return RMSNorm
+    for kernel in (forward, backward):
+        kernel.register_fake(kernel._init_fn)
+    forward.register_autograd(differentiate, setup_context=keep)
+    return forward
 
 
 # No Mocks, which would keep their arguments, and the bytes of those, alive.
@@ -136,11 +119,7 @@ def _recoverable(weight: Tensor | None) -> Any:
 
 @contextlib.contextmanager
 def accelerator() -> Iterator[Policy]:
-    """Have the device "emulated" and CUDA's policy on it, with tensors that hold no data.
-
-    Raises:
-        MissingPart: this torch cannot.
-    """
+    """Have the device "emulated" and CUDA's policy on it, with tensors that hold no data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     add_device()

@@ -11,108 +11,69 @@ import copy
 import math
 import statistics
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lpln_autopatch.backends import cpu
-from lpln_autopatch.bench import timing
-from lpln_autopatch.bench.digits import digits
-from lpln_autopatch.bench.options import Options
+from lpln_autopatch.bench.contenders import (
+    Contender,
+    StockLayerNorm,
+    relative_error,
+    require,
+    sift,
+)
 from lpln_autopatch.bench.policy import policy
+from lpln_autopatch.bench.recipe import AcceleratorRecipe, FusedArithmetic
 from lpln_autopatch.bench.results import Figure, Row, short
-from lpln_autopatch.bench.rivals import STOCK, Contender, sift
 from lpln_autopatch.bench.timing import Progress
-from lpln_autopatch.torch_compat import autocast_dtype
+from lpln_autopatch.bench.trainings import digits, example
 
+LEGEND = """\
+gives                the dtype of what the LayerNorms return
+gradient norm        of all parameters, the mean of the last tenth of the steps
+skipped steps        by the GradScaler, of all seeds
+final loss           the mean of the last tenth of the steps, and of the seeds
+spread of seeds      the standard deviation of the final losses
+minus stock          the mean of the differences of final losses, paired by seed
+95 % +-              the interval of that mean
+largest minus stock  of these differences
+largest rise         of a loss above the mean of the ten before it: a spike"""
 # Of Student's distribution, by degrees of freedom: a 95 % interval of a mean.
 T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 FLOAT32 = Contender("float32")
+STOCK = Contender("stock", StockLayerNorm)
 LOWERED = Contender("lowered", backend="auto")
 
 
-class AcceleratorRecipe(torch.nn.LayerNorm):
-    """What `native` computes on an accelerator, and Composer's recipe: all three rounded first.
-
-    The CPU's own kernel for a low-precision x sums the parameters' gradients in low precision.
-    CUDA's sums them in float32 and rounds once: so does this.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        dtype = autocast_dtype(input.device.type)
-        if dtype is None:
-            return super().forward(input)
-        rounded = [None if t is None else t.to(dtype) for t in (input, self.weight, self.bias)]
-        x, *parameters = [None if t is None else t.float() for t in rounded]
-        with torch.autocast(input.device.type, enabled=False):
-            y = torch.layer_norm(x, self.normalized_shape, *parameters, self.eps)  # type: ignore[call-arg,arg-type]
-        return y.to(dtype)
-
-
-class _RoundedXhat(torch.autograd.Function):
-    """What the kernels of `fused` compute, in operators of PyTorch's, for a float32 x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor, eps: float
-    ) -> Tensor:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):
-            y, mean, rstd = torch.native_layer_norm(x.float(), shape, weight, bias, eps)
-        ctx.save_for_backward(((x.float() - mean) * rstd).to(dtype), weight, bias, rstd)
-        ctx.shape, ctx.x_dtype = shape, x.dtype
-        return y.to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        xhat, weight, bias, rstd = ctx.saved_tensors
-        x, mean = xhat.float() / rstd, torch.zeros_like(rstd)  # x, but for its mean
-        wanted = (True, True, True)
-        dx, *others = cpu.backward(dy, x, ctx.shape, weight, bias, mean, rstd, wanted)
-        return dx.to(ctx.x_dtype), None, *others, None  # type: ignore[union-attr]
-
-
-class FusedArithmetic(torch.nn.LayerNorm):
-    """What `fused` computes on a GPU: the output is rounded, and the xhat that it keeps."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if autocast_dtype(input.device.type) is None:
-            return super().forward(input)
-        arguments = (input, self.normalized_shape, self.weight, self.bias, self.eps)
-        y: Tensor = _RoundedXhat.apply(*arguments)  # type: ignore[no-untyped-call]
-        return y
-
-
-def contenders(options: Options) -> list[Contender]:
+def contenders(options: Namespace) -> list[Contender]:
     """Stock and lowered; under CUDA's policy by every arithmetic that ours has on a GPU."""
     if options.policy is None:
         return [STOCK, LOWERED]
     return [
         FLOAT32,
         STOCK,
-        Contender("lowered (native)", lambda: AcceleratorRecipe),
-        Contender("lowered (fused)", lambda: FusedArithmetic),
+        Contender("lowered (native)", AcceleratorRecipe),
+        Contender("lowered (fused)", FusedArithmetic),
         Contender("lowered (lean)", backend="lean"),
     ]
 
 
-def run(options: Options, progress: Progress) -> list[Row]:
+def run(options: Namespace, progress: Progress) -> list[Row]:
     """Train all from every seed, on every task, in every autocast dtype."""
     every = tasks(options)
     cost = len(contenders(options)) * sum(case["seeds"] * case["steps"] for case, _, _ in every)
-    progress.reset(cost)
+    progress.expect(len(every), cost)
     rows: list[Row] = []
     for case, task, dtype in every:
-        progress.set_description_str("loss, " + ", ".join(map(str, case.values())))
+        progress.case(case["task"], case["autocast"], f"{case['seeds']} seeds")
         rows += measure(case, task, dtype, options, progress)
     return rows
 
 
-def tasks(options: Options) -> list[tuple[dict[str, Any], Callable[..., Any], torch.dtype]]:
+def tasks(options: Namespace) -> list[tuple[dict[str, Any], Callable[..., Any], torch.dtype]]:
     """The cases, each with what makes its training from a dtype and a seed, and its dtype."""
     # On CPU float16 has few kernels, and a step of it takes many times one of bfloat16.
     on_cpu = options.device.type == "cpu"
@@ -143,7 +104,7 @@ def measure(
     case: dict[str, Any],
     task: Callable[..., Any],
     dtype: torch.dtype,
-    options: Options,
+    options: Namespace,
     progress: Progress,
 ) -> list[Row]:
     """Train all contenders from every seed of `case`."""
@@ -163,7 +124,7 @@ def measure(
             under.enter_context(policy("cpu"))
             torch.set_num_threads(1)  # its models are small
             under.callback(torch.set_num_threads, threads)
-        passed, reasons = sift(contenders(options), options.device, learn)
+        passed, reasons = sift(contenders(options), learn)
     rows = [Row(case, contender.name, reason=reason) for contender, reason in reasons.items()]
     for contender, (curves, about) in passed.items():
         figures = {**about, **_figures(curves, passed.get(STOCK, (curves,))[0])}
@@ -171,12 +132,7 @@ def measure(
     return rows
 
 
-def example() -> Any:
-    """The script of docs/examples, which is in the wheel under this name."""
-    return import_module("lpln_autopatch.bench.example")
-
-
-def _text(options: Options, steps: int, dtype: torch.dtype, seed: int) -> Any:
+def _text(options: Namespace, steps: int, dtype: torch.dtype, seed: int) -> Any:
     arguments = ["--device", options.device.type, "--steps", str(steps), "--seed", str(seed)]
     if options.policy is not None:
         arguments += ["--width", "64", "--layers", "2", "--context", "64", "--lr", "0.002"]
@@ -215,19 +171,16 @@ def _train(
                 gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
                 norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in gradients)))
             progress.update()
-    error = timing.relative_error(losses[0], exact)
+    error = relative_error(losses[0], exact)
     limit = 4 * torch.finfo(getattr(torch, training.args.dtype)).eps
-    timing.require({"the first loss": error}, {"the first loss": max(limit, 1e-5)})
+    require({"the first loss": error}, {"the first loss": max(limit, 1e-5)})
     return [loss.item() for loss in losses], dtypes, statistics.fmean(norms), skipped
 
 
 def _loss_in_float64(training: Any) -> torch.Tensor:
     """The loss of the next batch, which the training still gets."""
     state = training.generator.get_state()
-    if hasattr(training, "batch"):
-        batch = training.batch()
-    else:
-        batch = example().sample_batch(training.text, training.args, training.generator)
+    batch = training.batch()
     training.generator.set_state(state)
     batch = [t.double() if t.is_floating_point() else t for t in batch]
     with torch.no_grad():

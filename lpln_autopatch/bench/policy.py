@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten
 
 HEADER = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
 LISTS = {
@@ -25,6 +26,7 @@ LISTS = {
     "AT_FORALL_PROMOTE": "widest",
 }
 """The header's macros, and what each does to the operators in it."""
+OVERLOADS_WITH_DTYPE = {"Scalar": "ScalarOpt_dtype", "ScalarOpt_dim": "ScalarOpt_dim_dtype"}
 
 
 class MissingPart(Exception):
@@ -58,9 +60,8 @@ class Policy:
 
     def __init__(self, device_type: str) -> None:
         self.device_type = device_type
-        key = "AutocastCPU" if device_type == "cpu" else "AutocastPrivateUse1"
-        self.key = key
-        self._keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        self.key = "AutocastCPU" if device_type == "cpu" else "AutocastPrivateUse1"
+        self._keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, self.key))
         self._casts: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
 
     def register(self, library: Any) -> None:
@@ -71,12 +72,9 @@ class Policy:
             if namespace != "aten":
                 continue
             if short in rules:
-                kernel = self._kernel(short, rules[short])
+                library.impl(short, self._kernel(short, rules[short]))
             elif torch._C._dispatch_has_kernel_for_dispatch_key(name, self.key):
-                kernel = torch.library.fallthrough_kernel
-            else:
-                continue
-            library.impl(short, kernel)
+                library.impl(short, torch.library.fallthrough_kernel)
 
     def forget_casts(self) -> None:
         """What the end of an autocast region does to the casts of weights."""
@@ -90,14 +88,26 @@ class Policy:
     def _kernel(self, name: str, rule: str) -> Callable[..., Any]:
         packet, _, overload = name.partition(".")
         operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
-        prepare = getattr(self, "_" + rule.replace(" ", "_"))
+        with_dtype = operator
+        if rule == "float32 by overload":
+            with_dtype = getattr(torch.ops.aten.norm, OVERLOADS_WITH_DTYPE[overload])
 
         def kernel(*args: Any, **kwargs: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(self._keys):
-                call, args, kwargs = prepare(operator, args, kwargs)
-                return call(*args, **kwargs)
+                if "float32 by" in rule and self._eligible(args[0]):
+                    return _in_float32(operator, with_dtype, args, kwargs)
+                if "float32 by" in rule:
+                    return operator(*args, **kwargs)
+                dtype = torch.get_autocast_dtype(self.device_type)
+                if rule == "float32" or (rule == "widest" and self._has_float32((args, kwargs))):
+                    dtype = torch.float32
+                cast = {name: self._cast(value, dtype) for name, value in kwargs.items()}
+                return operator(*(self._cast(value, dtype) for value in args), **cast)
 
         return kernel
+
+    def _has_float32(self, values: Any) -> bool:
+        return any(self._eligible(v) and v.dtype is torch.float32 for v in tree_flatten(values)[0])
 
     def _eligible(self, value: object) -> bool:
         return (
@@ -128,38 +138,13 @@ class Policy:
             known = self._casts[id(value)] = (weakref.ref(value), value.to(dtype=dtype))
         return known[1]
 
-    def _all_to(self, dtype: torch.dtype, operator: Any, args: Any, kwargs: Any) -> Any:
-        arguments = {name: self._cast(value, dtype) for name, value in kwargs.items()}
-        return operator, [self._cast(value, dtype) for value in args], arguments
 
-    def _lower(self, operator: Any, args: Any, kwargs: Any) -> Any:
-        return self._all_to(torch.get_autocast_dtype(self.device_type), operator, args, kwargs)
-
-    def _float32(self, operator: Any, args: Any, kwargs: Any) -> Any:
-        return self._all_to(torch.float32, operator, args, kwargs)
-
-    def _widest(self, operator: Any, args: Any, kwargs: Any) -> Any:
-        values: list[Any] = []
-        for value in (*args, *kwargs.values()):
-            values += value if isinstance(value, (list, tuple)) else [value]
-        float32 = any(self._eligible(v) and v.dtype is torch.float32 for v in values)
-        rule = self._float32 if float32 else self._lower
-        return rule(operator, args, kwargs)
-
-    def _float32_by_argument(self, operator: Any, args: Any, kwargs: Any) -> Any:
-        position = [argument.name for argument in operator._schema.arguments].index("dtype")
-        given = args[position] if len(args) > position else kwargs.get("dtype")
-        if self._eligible(args[0]) and given is None:
-            args, kwargs = args[:position], {**kwargs, "dtype": torch.float32}
-        return operator, args, kwargs
-
-    def _float32_by_overload(self, operator: Any, args: Any, kwargs: Any) -> Any:
-        if not self._eligible(args[0]):
-            return operator, args, kwargs
-        defaults = [a.default_value for a in operator._schema.arguments[len(args) :]]
-        name = {"Scalar": "ScalarOpt_dtype", "ScalarOpt_dim": "ScalarOpt_dim_dtype"}
-        overload = getattr(torch.ops.aten.norm, name[operator._overloadname])
-        return overload, (*args, *defaults), {**kwargs, "dtype": torch.float32}
+def _in_float32(operator: Any, target: Any, args: Any, kwargs: Any) -> Any:
+    """Call `target` in place of `operator`, with float32 as its dtype if the caller names none."""
+    position = [argument.name for argument in target._schema.arguments].index("dtype")
+    given = args[position] if len(args) > position else kwargs.get("dtype")
+    defaults = [a.default_value for a in operator._schema.arguments[len(args) : position]]
+    return target(*args[:position], *defaults, **{**kwargs, "dtype": given or torch.float32})
 
 
 @contextlib.contextmanager

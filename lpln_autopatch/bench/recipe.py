@@ -1,11 +1,15 @@
-"""Composer's low-precision norms, as it has them: the rival that is always here."""
+"""Norms to compare with: Composer's, and what our backends compute on a GPU, on any device."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lpln_autopatch.backends import cpu
 from lpln_autopatch.torch_compat import autocast_dtype
 
 
@@ -34,6 +38,58 @@ class ComposerGroupNorm(torch.nn.GroupNorm):
         x, weight, bias = _cast(input, self.weight, self.bias)
         with torch.autocast(enabled=False, device_type=input.device.type):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+class AcceleratorRecipe(torch.nn.LayerNorm):
+    """What `native` computes on an accelerator, and Composer's recipe: all three rounded first.
+
+    The CPU's own kernel for a low-precision x sums the parameters' gradients in low precision.
+    CUDA's sums them in float32 and rounds once: so does this.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = autocast_dtype(input.device.type)
+        if dtype is None:
+            return super().forward(input)
+        rounded = _cast(input, self.weight, self.bias)
+        x, *parameters = [None if t is None else t.float() for t in rounded]
+        with torch.autocast(input.device.type, enabled=False):
+            y = torch.layer_norm(x, self.normalized_shape, *parameters, self.eps)  # type: ignore[call-arg,arg-type]
+        return y.to(dtype)
+
+
+class _RoundedXhat(torch.autograd.Function):
+    """What the kernels of `fused` compute, in operators of PyTorch's, for a float32 x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor, eps: float
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            y, mean, rstd = torch.native_layer_norm(x.float(), shape, weight, bias, eps)
+        ctx.save_for_backward(((x.float() - mean) * rstd).to(dtype), weight, bias, rstd)
+        ctx.shape, ctx.x_dtype = shape, x.dtype
+        return y.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        xhat, weight, bias, rstd = ctx.saved_tensors
+        x, mean = xhat.float() / rstd, torch.zeros_like(rstd)  # x, but for its mean
+        wanted = (True, True, True)
+        dx, *others = cpu.backward(dy, x, ctx.shape, weight, bias, mean, rstd, wanted)
+        return dx.to(ctx.x_dtype), None, *others, None  # type: ignore[union-attr]
+
+
+class FusedArithmetic(torch.nn.LayerNorm):
+    """What `fused` computes on a GPU: the output is rounded, and the xhat that it keeps."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if autocast_dtype(input.device.type) is None:
+            return super().forward(input)
+        arguments = (input, self.normalized_shape, self.weight, self.bias, self.eps)
+        y: Tensor = _RoundedXhat.apply(*arguments)  # type: ignore[no-untyped-call]
+        return y
 
 
 def _cast(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -11,10 +11,19 @@ from typing import Any
 
 import torch
 
-from lpln_autopatch.bench.timing import Entry, Quartiles
+
+@dataclasses.dataclass(frozen=True)
+class Quartiles:
+    """The median of several measurements, between the quartiles around it."""
+
+    low: float
+    median: float
+    high: float
+
 
 Figure = float | str | Quartiles
-OVER_STOCK = "/ stock"
+RATIOS = ("/ stock", "kept / stock", "moved / stock")
+"""The figures that are drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +33,7 @@ class Row:
     Attributes:
         case: What was measured, by aspect, in the words of the table.
         contender: The contender's name.
-        figures: By name and unit; empty if there is a reason.
+        figures: By name; empty if there is a reason.
         reason: Why the contender was not measured, or None.
         curves: Lines to draw, each a figure a step.
     """
@@ -46,39 +55,34 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def ratios(entry: Entry, entries: Sequence[Entry], rivals: Sequence[str]) -> dict[str, Figure]:
-    """The times of `entry` over those of each of `rivals` that is among `entries`."""
-    others = (other for other in entries if other.name in rivals and other.name != entry.name)
-    return {f"/ {other.name}": entry.over(other) for other in others}
-
-
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text: a block for each case, then the contenders that are nowhere in it."""
-    lines: list[str] = []
-    measured = [row for row in rows if row.reason is None]
-    absent = {row.contender for row in rows} - {row.contender for row in measured}
-    shown = [row for row in rows if row.contender not in absent]
-    width = max([len(row.contender) for row in rows], default=0) + 2
-    for title, group in itertools.groupby(shown, key=lambda row: row.title):
+    """The rows as text: a table for each case, a line for each contender."""
+    from tabulate import tabulate
+
+    blocks: list[str] = []
+    measured = (row for row in rows if row.reason is None)
+    for title, group in itertools.groupby(measured, key=lambda row: row.title):
         block = list(group)
         # In the order of the fullest row: stock has no ratio to stock.
         fullest = sorted(block, key=lambda row: -len(row.figures))
         names = list(dict.fromkeys(name for row in fullest for name in row.figures))
-        widths = {
-            n: max(len(n), *(len(_text(row.figures.get(n, ""))) for row in block)) + 2
-            for n in names
-        }
-        header = "".join(name.rjust(widths[name]) for name in names)
-        lines += ["", title, f"  {'':{width}}{header}"]
-        for row in block:
-            cells = [_text(row.figures.get(name, "")).rjust(widths[name]) for name in names]
-            text = "".join(cells) if row.reason is None else f"not measured: {row.reason}"
-            lines.append(f"  {row.contender:{width}}{text}".rstrip())
-    reasons = dict.fromkeys((r.contender, r.reason) for r in rows if r.contender in absent)
-    if reasons:
-        lines += ["", "not measured"]
-        lines += [f"  {contender:{width}}{reason}" for contender, reason in reasons]
-    return "\n".join(lines)
+        lines = [[r.contender, *(_text(r.figures.get(name, "")) for name in names)] for r in block]
+        aligned = ["left", *["right"] * len(names)]
+        text = tabulate(lines, ["", *names], "simple", colalign=aligned, disable_numparse=True)
+        blocks.append(f"{title}\n{text}\n")
+    return "\n".join([*blocks, *not_measured(rows)])
+
+
+def not_measured(rows: Sequence[Row]) -> list[str]:
+    """A line for each contender without figures and each reason; the case, if it has others."""
+    measured = {row.contender for row in rows if row.reason is None}
+    lines = [
+        f"not measured: {row.contender}{f', {row.title}' * (row.contender in measured)}: "
+        f"{row.reason}"
+        for row in rows
+        if row.reason is not None
+    ]
+    return list(dict.fromkeys(lines))
 
 
 def _text(figure: Figure) -> str:
@@ -86,9 +90,11 @@ def _text(figure: Figure) -> str:
         return figure
     if isinstance(figure, Quartiles):
         digits = 0 if figure.median >= 100 else 2
-        low, median, high = (f"{each:,.{digits}f}" for each in figure)
+        low, median, high = (
+            f"{each:,.{digits}f}" for each in (figure.low, figure.median, figure.high)
+        )
         return f"{median} ({low} to {high})"
-    return f"{figure:,.0f}" if abs(figure) >= 1000 else f"{figure:.4g}"
+    return f"{figure:.4g}"
 
 
 def write_json(file: Path, about: Mapping[str, object], suites: Mapping[str, list[Row]]) -> None:
@@ -96,116 +102,73 @@ def write_json(file: Path, about: Mapping[str, object], suites: Mapping[str, lis
 
     A figure is a number, a word, or an object {"low", "median", "high"}.
     """
-
-    def plain(figure: Figure) -> object:
-        return figure._asdict() if isinstance(figure, Quartiles) else figure
-
-    content = {
-        name: [
-            {
-                **vars(row),
-                "figures": {key: plain(figure) for key, figure in row.figures.items()},
-            }
-            for row in rows
-        ]
-        for name, rows in suites.items()
-    }
-    file.write_text(json.dumps({**about, "suites": content}, indent=1) + "\n")
+    file.write_text(json.dumps({**about, "suites": suites}, indent=1, default=vars) + "\n")
 
 
 def plot(file: Path, heading: str, suites: Mapping[str, list[Row]]) -> None:
-    """Draw every suite into one PNG: times over stock's with quartiles, or each case's curves."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draw every suite into one PNG: ratios to stock with quartiles, or each case's curves."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.lines import Line2D
 
-    panels = [panel for name, rows in suites.items() for panel in _panels(name, rows)]
-    heights = [max(3.0, 1 + 0.5 * len({row.title for row in rows})) for _, rows in panels]
-    figure = Canvas(figsize=(12, sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
+    every = [row for rows in suites.values() for row in rows if row.reason is None]
+    # A contender has one colour in all panels; the first ten have the dark ones.
+    names = list(dict.fromkeys(row.contender for row in every))
+    colors = {name: colormaps["tab20"](2 * place % 19) for place, name in enumerate(names)}
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for suite, rows in suites.items():
+        for row in rows:
+            shown = [r for r in RATIOS if r in row.figures and row.contender != "stock"]
+            for what in [*shown, *["curves"] * bool(row.curves)]:
+                title = f"{suite}: {row.title if what == 'curves' else what}"
+                panels.setdefault((title, what), []).append(row)
+    heights = [max(3.0, 1 + 0.4 * len({row.title for row in rows})) for rows in panels.values()]
+    figure = Canvas(figsize=(12, sum(heights, 1.0)), layout="constrained")
     figure.suptitle(heading, fontsize="small")
-    grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
-    for (name, rows), axes in zip(panels, grid[:, 0], strict=True):
-        axes.set_title(name)
-        if any(row.curves for row in rows):
-            _draw_curves(axes, rows)
-        elif any("kept / stock" in row.figures for row in rows):
-            _draw_counts(axes, rows)
+    grid = figure.subplots(max(1, len(panels)), squeeze=False, height_ratios=heights or None)
+    for ((title, what), rows), axes in zip(panels.items(), grid[:, 0], strict=False):
+        axes.set_title(title)
+        if what == "curves":
+            _draw_curves(axes, rows, colors)
         else:
-            _draw_ratios(axes, rows)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+            _draw_ratios(axes, rows, what, colors)
+    handles = [Line2D([], [], color=colors[name], marker="o", label=name) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize="small")
     figure.savefig(file, format="png")
 
 
-def _panels(name: str, rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """The suite as one panel; where it has curves, one for each case."""
-    titles = dict.fromkeys(row.title for row in rows if row.curves)
-    return [(f"{name}: {t}", [r for r in rows if r.title == t]) for t in titles] or [(name, rows)]
+def _draw_ratios(axes: Any, rows: Sequence[Row], name: str, colors: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
 
-
-def _draw_ratios(axes: Any, rows: Sequence[Row]) -> None:
-    constant, labels = _what_differs(rows)
-    titles = list(dict.fromkeys(row.title for row in rows))
-    contenders = list(dict.fromkeys(row.contender for row in rows if OVER_STOCK in row.figures))
-    for index, contender in enumerate(contenders):
-        aside = 0.7 * ((index + 0.5) / len(contenders) - 0.5)
-        points = [
-            (titles.index(row.title) + aside, ratio)
-            for row in rows
-            if row.contender == contender
-            and isinstance(ratio := row.figures.get(OVER_STOCK), Quartiles)
-        ]
-        medians = [ratio.median for _, ratio in points]
-        around = [[r.median - r.low for _, r in points], [r.high - r.median for _, r in points]]
-        axes.errorbar(medians, [y for y, _ in points], xerr=around, fmt="o", ms=4, label=contender)
+    cases = list(dict.fromkeys(row.title for row in rows))
+    contenders = list(dict.fromkeys(row.contender for row in rows))
+    for row in rows:
+        ratio: Any = row.figures[name]
+        q = ratio if isinstance(ratio, Quartiles) else Quartiles(ratio, ratio, ratio)
+        aside = 0.6 * ((contenders.index(row.contender) + 0.5) / len(contenders) - 0.5)
+        around = [[q.median - q.low], [q.high - q.median]]
+        y, color = cases.index(row.title) + aside, colors[row.contender]
+        axes.errorbar(q.median, y, xerr=around, fmt="o", ms=4, color=color)
     axes.axvline(1, color="grey", linewidth=1)
-    axes.hlines([i + 0.5 for i in range(len(titles) - 1)], 0, 1, "lightgrey", lw=0.7,
-                transform=axes.get_yaxis_transform())  # fmt: skip
-    axes.set_yticks(range(len(titles)), [labels[title] for title in titles], fontsize="small")
+    labels = {row.title: ", ".join(map(str, row.case.values())) for row in rows}
+    axes.set_yticks(range(len(cases)), labels.values(), fontsize="small")
     axes.invert_yaxis()
-    axes.set_xlabel(f"time / stock's: left is faster{constant and f' ({constant})'}")
+    # Half and double are as far from 1.
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7, 8, 9)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("left of 1: less than stock")
 
 
-def _draw_counts(axes: Any, rows: Sequence[Row]) -> None:
-    counted = [row for row in rows if "kept / stock" in row.figures]
-    titles = list(dict.fromkeys(row.title for row in counted))
-    contenders = dict.fromkeys(row.contender for row in counted if row.contender != "stock")
-    for what, marker in (("kept / stock", "o"), ("moved / stock", "x")):
-        for color, contender in enumerate(contenders):
-            own = [row for row in counted if row.contender == contender]
-            places = [titles.index(row.title) for row in own]
-            label = f"{contender}, {what}"
-            shares = [row.figures[what] for row in own]
-            # The first are larger: where two agree, both are seen.
-            look = {"color": f"C{color}", "ms": 9 - 2.5 * color, "label": label}
-            axes.plot(shares, places, marker, **look)
-    axes.axvline(1, color="grey", linewidth=1)
-    labels = {row.title: f"{row.case['model']}, {row.case['mode']}" for row in counted}
-    axes.set_yticks(range(len(titles)), [labels[title] for title in titles], fontsize="small")
-    axes.invert_yaxis()
-    axes.set_xlabel("bytes / stock's: left is less")
-
-
-def _what_differs(rows: Sequence[Row]) -> tuple[str, dict[str, str]]:
-    """What all cases share, in a line, and for each title what it alone has."""
-    aspects = rows[0].case
-    shared = {a for a in aspects if len({row.case.get(a) for row in rows}) == 1}
-    constant = ", ".join(f"{a} {aspects[a]}" for a in aspects if a in shared)
-    return constant, {
-        row.title: ", ".join(f"{a} {value}" for a, value in row.case.items() if a not in shared)
-        or row.title
-        for row in rows
-    }
-
-
-def _draw_curves(axes: Any, rows: Sequence[Row]) -> None:
-    for color, row in enumerate(row for row in rows if row.curves):
+def _draw_curves(axes: Any, rows: Sequence[Row], colors: Mapping[str, Any]) -> None:
+    for place, row in enumerate(rows):
+        color = colors[row.contender]
         for curve in row.curves:
-            axes.plot(curve, color=f"C{color}", linewidth=0.5, alpha=0.25)
+            axes.plot(curve, color=color, linewidth=0.5, alpha=0.25)
         mean = [sum(losses) / len(losses) for losses in zip(*row.curves, strict=True)]
         # The first are wider: where they agree, all are seen.
-        width = 4 / (1 + color)
-        axes.plot(mean, color=f"C{color}", linewidth=width, label=f"{row.contender}, mean")
+        axes.plot(mean, color=color, linewidth=4 / (1 + place))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, thin: a seed")
+    axes.set_ylabel("loss: the mean, and thin a seed")

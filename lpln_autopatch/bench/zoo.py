@@ -213,24 +213,19 @@ MORE: dict[str, Entry] = {
 """With `MODELS`, those of `--models all`."""
 
 
-def names(chosen: Sequence[str]) -> list[str]:
-    """The names that `chosen` stands for: of those of the default, or of all for "all"."""
-    if list(chosen) == ["all"]:
-        return [*MODELS, *MORE]
-    return list(chosen or MODELS)
-
-
-def entry(name: str) -> Entry:
-    """The entry of that name, or a new one for a source.
+def entries(chosen: Sequence[str]) -> dict[str, Entry]:
+    """The models of those names or sources: `MODELS` for none, every one for "all".
 
     Raises:
-        WrongModel: it is neither.
+        WrongModel: a name is neither.
     """
     known = {**MODELS, **MORE}
-    if name in known:
-        return known[name]
-    if ":" in name:
-        image = name.startswith("timm:")
-        return Entry(name, 64 if image else 8)
-    valid = f"all, {', '.join(known)}, timm:NAME, transformers:CONFIG, MODULE:FUNCTION"
-    raise WrongModel(f"{name!r} is no model; valid: {valid}")
+    if list(chosen) == ["all"]:
+        return known
+    found: dict[str, Entry] = {}
+    for name in chosen or MODELS:
+        if name not in known and ":" not in name:
+            valid = f"all, {', '.join(known)}, timm:NAME, transformers:CONFIG, MODULE:FUNCTION"
+            raise WrongModel(f"{name!r} is no model; valid: {valid}")
+        found[name] = known.get(name) or Entry(name, 64 if name.startswith("timm:") else 8)
+    return found

@@ -1,0 +1,125 @@
+"""The contenders: the ways of running the norms of a module, and why one has no figures."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch.bench.recipe import ComposerGroupNorm
+from lpln_autopatch.bench.results import short
+
+_Passed = TypeVar("_Passed")
+
+# This module sees torch's own function, before anything wraps it.
+stock = types.SimpleNamespace(layer_norm=F.layer_norm)
+
+
+class StockLayerNorm(torch.nn.LayerNorm):
+    """torch's own LayerNorm, beside the wrappers."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return stock.layer_norm(  # type: ignore[no-any-return]
+            input, self.normalized_shape, self.weight, self.bias, self.eps
+        )
+
+
+class WrongResult(Exception):
+    """A contender does not do what it is there for, or not as precisely."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way of running the norms of a module.
+
+    Attributes:
+        name: What the tables call it.
+        layer_norm: The class that the LayerNorms take; None: their own.
+        backend: That of the block around it; None for no block.
+        norms: The norms that are lowered.
+        function: What is called in place of the module: `F.layer_norm` by itself.
+    """
+
+    name: str
+    layer_norm: type[torch.nn.LayerNorm] | None = None
+    backend: str | None = None
+    norms: str = "layer_norm"
+    function: Callable[..., Tensor] | None = None
+
+    def gives(self, dtypes: Iterable[torch.dtype], autocast: torch.dtype) -> str:
+        """The dtypes that its LayerNorms gave, in words.
+
+        Raises:
+            WrongResult: it is one of ours, and a LayerNorm of it ran stock.
+        """
+        words = ", ".join(sorted(set(map(short, dtypes)))) or "nothing"
+        if self.backend is not None and words != short(autocast):
+            raise WrongResult(f"it should give {short(autocast)} and gives {words}")
+        return words
+
+    @contextlib.contextmanager
+    def applied(self, module: torch.nn.Module) -> Iterator[None]:
+        """Have this contender run the norms of `module`.
+
+        They keep their parameters and change their class, as in `apply_low_precision_layernorm`,
+        so that all contenders run the same module.
+        """
+        classes: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
+        if self.layer_norm is not None:
+            classes[torch.nn.LayerNorm] = self.layer_norm
+            if self.norms == "all":
+                classes[torch.nn.GroupNorm] = ComposerGroupNorm
+        # Subclasses too, as Composer's surgery does.
+        own = {m: type(m) for m in module.modules() if isinstance(m, tuple(classes))}
+        block: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if self.backend is not None:
+            block = low_precision_layernorm(backend=self.backend, norms=self.norms)
+        for norm in own:
+            norm.__class__ = next(new for old, new in classes.items() if isinstance(norm, old))
+        try:
+            with block:
+                yield
+        finally:
+            for norm, cls in own.items():
+                norm.__class__ = cls
+
+
+def sift(
+    contenders: Iterable[Contender], check: Callable[[Contender], _Passed]
+) -> tuple[dict[Contender, _Passed], dict[Contender, str]]:
+    """What `check` gives for those that pass it, and why the others cannot be measured."""
+    passed: dict[Contender, _Passed] = {}
+    reasons: dict[Contender, str] = {}
+    for contender in contenders:
+        try:
+            passed[contender] = check(contender)
+        except ImportError as error:
+            reasons[contender] = str(error)
+        # A contender may raise anything. The others are measured all the same.
+        except Exception as error:
+            message = str(error) or "no message"
+            reasons[contender] = f"{type(error).__name__}: {message.splitlines()[0]}"
+    return passed, reasons
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return float((value.detach().double() - exact).norm() / exact.norm())
+
+
+def require(errors: dict[str, float], limits: dict[str, float]) -> None:
+    """Refuse a contender one of whose relative errors is at its limit or above, or NaN.
+
+    Raises:
+        WrongResult: which error, and its limit.
+    """
+    for name, error in errors.items():
+        if not error < limits[name]:
+            raise WrongResult(f"error of {name} {error:.2g}, allowed {limits[name]:.2g}")

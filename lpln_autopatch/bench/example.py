@@ -1,1 +1,0 @@
-../../docs/examples/train.py
