@@ -146,7 +146,7 @@ def exempt(module: _M, exempt: bool = True) -> _M:
     of the state_dict, and compiled code follows it.
 
     Where the forward is not that of `torch.nn.LayerNorm`, it is done by forward hooks (from torch
-    2.0 on): TorchScript does not compile those; take the mark off before `torch.jit.script`.
+    2.1 on): TorchScript does not compile those; take the mark off before `torch.jit.script`.
 
     Args:
         module: A norm, or any module that contains some.
