@@ -199,23 +199,19 @@ NAMES = tuple(dict.fromkeys(target.norm for target in TARGETS))
 """The norms that can be lowered with this torch, as LPLN_NORMS names them."""
 
 
-def resolve(value: object) -> tuple[str, ...]:
-    """The norms that the argument `norms` names, or if that is None, LPLN_NORMS."""
-    if value is None:
-        return parse(os.environ.get("LPLN_NORMS") or "layer_norm", "LPLN_NORMS")
-    return parse(value, "norms")
-
-
-def parse(value: object, source: str) -> tuple[str, ...]:
-    """The norms that `value` names, in the order of `NAMES`.
+def parse(value: object) -> tuple[str, ...]:
+    """The norms that the argument `norms` names, in the order of `NAMES`.
 
     Args:
-        value: "all", a name, several separated by commas, or an iterable of names.
-        source: Where the value came from, for the error: an argument or a variable.
+        value: "all", a name, several separated by commas, an iterable of names, or None for what
+            LPLN_NORMS says.
 
     Raises:
         ValueError: one of them is no norm, or none is named.
     """
+    source = "norms"
+    if value is None:
+        value, source = os.environ.get("LPLN_NORMS") or "layer_norm", "LPLN_NORMS"
     given = value.split(",") if isinstance(value, str) else value
     try:
         names = [str(name).strip().lower() for name in given]  # type: ignore[attr-defined]

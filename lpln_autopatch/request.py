@@ -7,14 +7,12 @@ comes back here, and must find a module that is whole.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
 from typing import TYPE_CHECKING
 
 from lpln_autopatch.precision import NoEffectWarning, Precision
 
 if TYPE_CHECKING:
-    from lpln_autopatch.backends import Backend
     from lpln_autopatch.forward import Lowering
 
 
@@ -25,16 +23,16 @@ class Request:
     Attributes:
         precision: When norms are lowered.
         backend: The name of what normalises, as it was chosen: never "auto".
-        normalise: What normalises.
         norms: The names of the norms that are lowered.
         source: "environment", "enable", "block" or "surgery".
+        lowering: What the hot path reads while this request is in force.
     """
 
     precision: Precision
     backend: str
-    normalise: Backend
     norms: tuple[str, ...]
     source: str
+    lowering: Lowering
 
     @classmethod
     def parse(
@@ -48,14 +46,17 @@ class Request:
         """
         # Before our own modules that import it: if this is its first import and LPLN_PRECISION
         # is set, it comes back to us, and must not find one of them half imported.
-        import torch  # noqa: F401
+        import torch
 
-        from lpln_autopatch import backends
+        from lpln_autopatch import backends, forward
         from lpln_autopatch import norms as known_norms
 
         parsed = Precision.parse(precision, argument)
-        named = known_norms.resolve(norms)
-        return cls(parsed, *backends.resolve(backend, parsed), named, source)
+        named = known_norms.parse(norms)
+        name, normalise = backends.resolve(backend, parsed)
+        dtypes = tuple(d for d in (torch.float16, torch.bfloat16) if parsed.engages(d))
+        lowering = forward.Lowering(str(parsed), dtypes, named, normalise)
+        return cls(parsed, name, named, source, lowering)
 
     @classmethod
     def again(cls, precision: str, backend: str, source: str) -> Request:
@@ -70,16 +71,6 @@ class Request:
                 stacklevel=2,
             )
             return cls.parse(precision, "native", "layer_norm", source, "precision")
-
-    @functools.cached_property
-    def lowering(self) -> Lowering:
-        """What the hot path reads while this request is in force."""
-        import torch
-
-        from lpln_autopatch.forward import Lowering
-
-        dtypes = tuple(d for d in (torch.float16, torch.bfloat16) if self.precision.engages(d))
-        return Lowering(str(self.precision), dtypes, self.norms, self.normalise)
 
     def warn_never_engages(self, stacklevel: int) -> None:
         """Say that this request lowers nothing."""

@@ -101,7 +101,7 @@ def private_uses() -> Iterator[str]:
         yield from (name for name in names if any(map(is_private, name.split("."))))
 
 
-@pytest.mark.parametrize("name", filter(is_used, PRIVATE_NAMES), ids=lambda name: name.name)
+@pytest.mark.parametrize("name", [*filter(is_used, PRIVATE_NAMES)], ids=lambda name: name.name)
 def test_torch_has_the_private_name(name):
     """It is there in every torch for which the package uses it."""
     assert exists(name.name), f"this torch has no {name.name}. Instead: {name.instead}"
