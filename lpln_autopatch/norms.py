@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -152,10 +151,10 @@ def _over_a_foreign_one(target: Target, original: Any) -> Callable[..., Any]:
     """
     position = target.path.count(".")  # that of x: a method has its module before it
 
+    # What is not callable is a descriptor, such as a partialmethod.
+    call = original if callable(original) else functools.partial(_call_bound, original)
+
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        call = original
-        if not callable(original):  # a descriptor, such as a partialmethod
-            call = functools.partial(_call_bound, original)
         lowering = forward.active
         if lowering is None:
             return call(*args, **kwargs)
@@ -197,32 +196,6 @@ TARGETS = (
 
 NAMES = tuple(dict.fromkeys(target.norm for target in TARGETS))
 """The norms that can be lowered with this torch, as LPLN_NORMS names them."""
-
-
-def parse(value: object) -> tuple[str, ...]:
-    """The norms that the argument `norms` names, in the order of `NAMES`.
-
-    Args:
-        value: "all", a name, several separated by commas, an iterable of names, or None for what
-            LPLN_NORMS says.
-
-    Raises:
-        ValueError: one of them is no norm, or none is named.
-    """
-    source = "norms"
-    if value is None:
-        value, source = os.environ.get("LPLN_NORMS") or "layer_norm", "LPLN_NORMS"
-    given = value.split(",") if isinstance(value, str) else value
-    try:
-        names = [str(name).strip().lower() for name in given]  # type: ignore[attr-defined]
-    except TypeError:
-        names = [repr(given)]
-    wrong = [name for name in names if name not in (*NAMES, "all")]
-    if wrong or not names:
-        what = f"{wrong[0]!r} is not a norm" if wrong else "no norm is named"
-        hint = "" if HAS_RMS_NORM else " (rms_norm: from torch 2.4 on)"
-        raise ValueError(f"{source}={value!r}: {what}. Valid: {', '.join(NAMES)}, all{hint}.")
-    return tuple(name for name in NAMES if name in names or "all" in names)
 
 
 for _target in TARGETS:

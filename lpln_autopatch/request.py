@@ -7,6 +7,7 @@ comes back here, and must find a module that is whole.
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from typing import TYPE_CHECKING
 
@@ -49,10 +50,9 @@ class Request:
         import torch
 
         from lpln_autopatch import backends, forward
-        from lpln_autopatch import norms as known_norms
 
         parsed = Precision.parse(precision, argument)
-        named = known_norms.parse(norms)
+        named = _parse_norms(norms)
         name, normalise = backends.resolve(backend, parsed)
         dtypes = tuple(d for d in (torch.float16, torch.bfloat16) if parsed.engages(d))
         lowering = forward.Lowering(str(parsed), dtypes, named, normalise)
@@ -80,3 +80,32 @@ class Request:
             NoEffectWarning,
             stacklevel=stacklevel + 1,
         )
+
+
+def _parse_norms(value: object) -> tuple[str, ...]:
+    """The norms that the argument `norms` names, in the order of `NAMES`.
+
+    Args:
+        value: "all", a name, several separated by commas, an iterable of names, or None for what
+            LPLN_NORMS says.
+
+    Raises:
+        ValueError: one of them is no norm, or none is named.
+    """
+    from lpln_autopatch.norms import NAMES
+    from lpln_autopatch.torch_compat import HAS_RMS_NORM
+
+    source = "norms"
+    if value is None:
+        value, source = os.environ.get("LPLN_NORMS") or "layer_norm", "LPLN_NORMS"
+    given = value.split(",") if isinstance(value, str) else value
+    try:
+        names = [str(name).strip().lower() for name in given]  # type: ignore[attr-defined]
+    except TypeError:
+        names = [repr(given)]
+    wrong = [name for name in names if name not in (*NAMES, "all")]
+    if wrong or not names:
+        what = f"{wrong[0]!r} is not a norm" if wrong else "no norm is named"
+        hint = "" if HAS_RMS_NORM else " (rms_norm: from torch 2.4 on)"
+        raise ValueError(f"{source}={value!r}: {what}. Valid: {', '.join(NAMES)}, all{hint}.")
+    return tuple(name for name in NAMES if name in names or "all" in names)
