@@ -128,20 +128,21 @@ class Target:
         Not a `wrapt.FunctionWrapper`: Dynamo sees through one to the original's code, and compiled
         code would run stock.
         """
-        if self.is_torchs_own(original):
+        if is_torchs_own(original, self.module, self.path):
             globals()[self.beneath] = original
             wrapper = self.wrapper
         else:
             wrapper = traced_like_torchs_own(_over_a_foreign_one(self, original), self.module)
         return functools.wraps(original)(wrapper)
 
-    def is_torchs_own(self, function: Any) -> bool:
-        """Whether `function` is what PyTorch has there, and no other patcher's."""
-        return (
-            type(function) is types.FunctionType
-            and function.__globals__ is vars(self.module)
-            and function.__qualname__ == self.path
-        )
+
+def is_torchs_own(function: Any, module: types.ModuleType, path: str) -> bool:
+    """Whether `function` is what PyTorch has at `path` in `module`, and no other patcher's."""
+    return (
+        type(function) is types.FunctionType
+        and function.__globals__ is vars(module)
+        and function.__qualname__ == path
+    )
 
 
 def _over_a_foreign_one(target: Target, original: Any) -> Callable[..., Any]:

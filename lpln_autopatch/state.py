@@ -79,9 +79,9 @@ def enter(request: Request, token: object) -> None:
         _blocks[token] = request
 
 
-def leave(token: object) -> None:
+def leave(token: object, warn: bool = True) -> None:
     """Close the block that was entered with `token`, in whatever order."""
-    with _change():
+    with _change(warn):
         _blocks.pop(token, None)
 
 
@@ -105,8 +105,7 @@ def _again(request: Request | None) -> Iterator[None]:
     try:
         yield
     finally:
-        with _change(warn=False):
-            _blocks.pop(token, None)
+        leave(token, warn=False)
 
 
 @contextlib.contextmanager
