@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import lpln_autopatch
-from lpln_autopatch.private_names import PRIVATE_NAMES, PrivateName
+from lpln_autopatch.private_names import PRIVATE_NAMES, Name
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
 PACKAGE = Path(lpln_autopatch.__file__).parent
@@ -34,7 +34,10 @@ NOT_OF_TORCH = {
 }
 
 
-def is_used(name: PrivateName) -> bool:
+NAMES = [name for names in PRIVATE_NAMES.values() for name in names]
+
+
+def is_used(name: Name) -> bool:
     return name.since <= TORCH_VERSION and (name.until is None or name.until > TORCH_VERSION)
 
 
@@ -45,14 +48,14 @@ def has(holder: Any, attribute: str) -> bool:
     return attribute in getattr(getattr(holder, "__code__", None), "co_names", ())
 
 
-def exists(name: str) -> bool:
+def exists(path: str) -> bool:
     holder: Any = importlib.import_module("torch")
-    path = "torch"
-    *parents, last = name.split(".")[1:]
+    above = "torch"
+    *parents, last = path.split(".")[1:]
     for part in parents:
-        path = f"{path}.{part}"
+        above = f"{above}.{part}"
         with contextlib.suppress(ImportError):
-            importlib.import_module(path)
+            importlib.import_module(above)
         if not hasattr(holder, part):
             return False
         holder = getattr(holder, part)
@@ -101,14 +104,14 @@ def private_uses() -> Iterator[str]:
         yield from (name for name in names if any(map(is_private, name.split("."))))
 
 
-@pytest.mark.parametrize("name", [*filter(is_used, PRIVATE_NAMES)], ids=lambda name: name.name)
-def test_torch_has_the_private_name(name):
+@pytest.mark.parametrize("path", [name.path for name in NAMES if is_used(name)])
+def test_torch_has_the_private_name(path):
     """It is there in every torch for which the package uses it."""
-    assert exists(name.name), f"this torch has no {name.name}. Instead: {name.instead}"
+    assert exists(path)
 
 
 @pytest.mark.parametrize(
-    "name",
+    "path",
     [
         "torch._C._no_such_name",
         "torch._no_such_module.name",
@@ -116,14 +119,14 @@ def test_torch_has_the_private_name(name):
         "torch.utils.checkpoint.CheckpointFunction.forward.no_such_attribute",
     ],
 )
-def test_missing_name_is_noticed(name):
+def test_missing_name_is_noticed(path):
     """The check can fail: at a module, a class and a function."""
-    assert not exists(name)
+    assert not exists(path)
 
 
 def test_every_private_name_in_the_source_is_in_the_table():
     """Attributes, imports and strings that begin with an underscore, and are not ours."""
-    table = [name.name.split(".") for name in PRIVATE_NAMES]
+    table = [name.path.split(".") for name in NAMES]
     known = {part for row in table for part in row} | defined_here() | NOT_OF_TORCH
     unknown = set()
     for use in private_uses():
@@ -138,5 +141,5 @@ def test_every_private_name_in_the_source_is_in_the_table():
 def test_every_name_in_the_table_is_in_the_source():
     """A row goes when its last use goes."""
     source = "\n".join(SOURCES.values())
-    last = {name.name: name.name.rsplit(".", 1)[1] for name in PRIVATE_NAMES}
-    assert not {name for name, part in last.items() if not re.search(rf"\b{part}\b", source)}
+    last = {name.path: name.path.rsplit(".", 1)[1] for name in NAMES}
+    assert not {path for path, part in last.items() if not re.search(rf"\b{part}\b", source)}
