@@ -159,7 +159,7 @@ def exempt(module: _M, exempt: bool = True) -> _M:
 
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"exempt() takes a torch.nn.Module, not {type(module)}.")
-    exemption.mark(module, exempt)
+    exemption.mark(module, bool(exempt))
     return module
 
 

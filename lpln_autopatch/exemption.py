@@ -58,13 +58,13 @@ def run_stock(reason: str, function: Callable[..., Any], *args: Any, **kwargs: A
         _thread.reasons.pop()
 
 
-def mark(module: torch.nn.Module, exempt: bool) -> None:
-    """Mark `module` and every module that is inside it now as exempt, or take the marks off."""
+def mark(module: torch.nn.Module, exempt: bool | str) -> None:
+    """Mark `module` and every module that is inside it now with `exempt`; False takes marks off."""
     global changes
     for submodule in module.modules():
         _unmark(submodule)
         if exempt:
-            setattr(submodule, MARK, True)
+            setattr(submodule, MARK, exempt)
             if HOOKS_RUN_ALWAYS and _may_call_a_norm_itself(submodule):
                 submodule.register_forward_pre_hook(_enter, prepend=True)
                 submodule.register_forward_hook(_leave, always_call=True)
