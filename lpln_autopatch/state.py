@@ -181,7 +181,7 @@ def _change(warn: bool = True) -> Iterator[None]:
         torch_compat.drop_compiled_code_that_cannot_follow()
     # Last of all, for those who make errors of warnings.
     for message in left if warn else ():
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 def _set_active() -> bool:
