@@ -12,6 +12,7 @@ from lpln_autopatch.torch_compat import (
     HOOKS_RUN_ALWAYS,
     drop_compiled_code_that_cannot_follow,
     never_a_frame_of_its_own,
+    remove_forward_hooks,
 )
 
 MARK = "_lpln_autopatch_exempt"
@@ -62,7 +63,8 @@ def mark(module: torch.nn.Module, exempt: bool | str) -> None:
     """Mark `module` and every module that is inside it now with `exempt`; False takes marks off."""
     global changes
     for submodule in module.modules():
-        _unmark(submodule)
+        vars(submodule).pop(MARK, None)
+        remove_forward_hooks(submodule, _enter, _leave)
         if exempt:
             setattr(submodule, MARK, exempt)
             if HOOKS_RUN_ALWAYS and _may_call_a_norm_itself(submodule):
@@ -92,15 +94,6 @@ def _may_call_a_norm_itself(module: torch.nn.Module) -> bool:
         return True
     home = getattr(type(module).forward, "__module__", None) or ""
     return not home.startswith(("torch.nn.", "torch.jit.", "lpln_autopatch."))
-
-
-def _unmark(module: torch.nn.Module) -> None:
-    vars(module).pop(MARK, None)
-    # By the hook, for a copy has no handles: what follows is what `RemovableHandle.remove` does.
-    for hooks, ours in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
-        for key in [key for key, hook in hooks.items() if hook is ours]:
-            del hooks[key]
-            getattr(module, "_forward_hooks_always_called", {}).pop(key, None)
 
 
 for _function in (why_stock, run_stock, _enter, _leave):

@@ -172,6 +172,16 @@ def every_module_hooked(enter: Callable[..., None], leave: Callable[..., None]) 
         yield
 
 
+def remove_forward_hooks(module: torch.nn.Module, *unwanted: Callable[..., Any]) -> None:
+    """Take hooks off by themselves: a copy of a module has its hooks, and no handles of them."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if any(hook is one for one in unwanted):
+                del hooks[key]
+                # until torch 2.1: there is none
+                getattr(module, "_forward_hooks_always_called", {}).pop(key, None)
+
+
 def on_module_registration(hook: Callable[..., None]) -> Any:
     """Call `hook(parent, name, module)` when a module becomes part of another; gives a handle.
 
