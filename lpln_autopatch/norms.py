@@ -151,7 +151,6 @@ def _over_a_foreign_one(target: Target, original: Any) -> Callable[..., Any]:
     A backend takes the place of torch's own function, never of one that somebody else put there.
     """
     position = target.path.count(".")  # that of x: a method has its module before it
-
     # What is not callable is a descriptor, such as a partialmethod.
     call = original if callable(original) else functools.partial(_call_bound, original)
 
