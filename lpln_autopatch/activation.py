@@ -111,12 +111,7 @@ class low_precision_layernorm(contextlib.ContextDecorator):
         self._entered: list[tuple[object, object]] = []
 
     def __call__(self, function: _F) -> _F:
-        if _runs_its_body_later(function):
-            raise TypeError(
-                f"low_precision_layernorm decorates {function!r}, whose body runs after the call "
-                "has returned and the block has closed. Use a `with` block inside it."
-            )
-        _refuse_what_is_no_function(function)
+        _refuse_what_a_block_cannot_decorate(function)
         return super().__call__(function)
 
     def __enter__(self) -> None:
@@ -146,7 +141,7 @@ def exempt(module: _M, exempt: bool = True) -> _M:
     of the state_dict, and compiled code follows it.
 
     Where the forward is not that of `torch.nn.LayerNorm`, it is done by forward hooks (from torch
-    2.0 on): TorchScript does not compile those; take the mark off before `torch.jit.script`.
+    2.1 on): TorchScript does not compile those; take the mark off before `torch.jit.script`.
 
     Args:
         module: A norm, or any module that contains some.
@@ -164,20 +159,12 @@ def exempt(module: _M, exempt: bool = True) -> _M:
 
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"exempt() takes a torch.nn.Module, not {type(module)}.")
-    exemption.mark(module, exempt)
+    exemption.mark(module, bool(exempt))
     return module
 
 
 def enable_from(precision: object, backend: str, norms: object, source: str, argument: str) -> None:
-    """`enable`, on behalf of `source`.
-
-    Args:
-        precision: As for `enable`.
-        backend: As for `enable`.
-        norms: As for `enable`.
-        source: "environment" or "enable", for `status`.
-        argument: What `precision` came from, for the error: an argument or a variable.
-    """
+    """`enable`, on behalf of `source`. `argument` is where `precision` came from."""
     request = Request.parse(precision, backend, norms, source, argument)
     if not request.precision.ever_engages:
         request.warn_never_engages(stacklevel=3)
@@ -201,10 +188,20 @@ def _who() -> object:
     return threading.get_ident() if task is None else task
 
 
-def _refuse_what_is_no_function(decorated: object) -> None:
+def _refuse_what_a_block_cannot_decorate(decorated: object) -> None:
     """Calling a class makes an instance, and a module that became a function is no module."""
     import torch
 
+    runs_later = (
+        inspect.iscoroutinefunction,
+        inspect.isgeneratorfunction,
+        inspect.isasyncgenfunction,
+    )
+    if any(is_one(decorated) for is_one in runs_later):
+        raise TypeError(
+            f"low_precision_layernorm decorates {decorated!r}, whose body runs after the call "
+            "has returned and the block has closed. Use a `with` block inside it."
+        )
     if inspect.isclass(decorated):
         raise TypeError(
             f"low_precision_layernorm decorates the class {decorated.__qualname__}: only making an "
@@ -215,11 +212,3 @@ def _refuse_what_is_no_function(decorated: object) -> None:
             f"low_precision_layernorm decorates a module, {type(decorated).__qualname__}. Use a "
             "`with` block around its calls, or apply_low_precision_layernorm(module)."
         )
-
-
-def _runs_its_body_later(function: Callable[..., Any]) -> bool:
-    return (
-        inspect.iscoroutinefunction(function)
-        or inspect.isgeneratorfunction(function)
-        or inspect.isasyncgenfunction(function)
-    )

@@ -9,6 +9,8 @@ from typing import Any
 
 import wrapt
 
+from lpln_autopatch.torch_compat import CHECKPOINT_ENTRIES, CHECKPOINT_RECOMPUTATIONS
+
 Block = Callable[[], AbstractContextManager[Any]]
 """What opens a block of the request that was in force when it was made."""
 
@@ -30,7 +32,20 @@ class Carried:
             return self.function(*args, **kwargs)
 
 
-def captures_function(position: int, capture: Callable[[], Block]) -> Callable[[Any], Any]:
+def factories(capture: Callable[[], Block], stock: Block) -> dict[str, Callable[[Any], Any]]:
+    """What makes the wrapper of each function of `torch.utils.checkpoint`, by its path.
+
+    Args:
+        capture: Captures what is in force, for a recomputation.
+        stock: Opens a block in which nothing is in force.
+    """
+    return {
+        **{path: _captures(at, capture) for path, at in CHECKPOINT_ENTRIES.items()},
+        **{path: _recomputes(name, stock) for path, name in CHECKPOINT_RECOMPUTATIONS.items()},
+    }
+
+
+def _captures(position: int, capture: Callable[[], Block]) -> Callable[[Any], Any]:
     """A wrapper that binds the function at `position`, run again in backward, to now."""
 
     def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -40,7 +55,7 @@ def captures_function(position: int, capture: Callable[[], Block]) -> Callable[[
     return lambda original: wrapt.FunctionWrapper(original, wrapper)
 
 
-def recomputes_function(attribute: str, stock: Block) -> Callable[[Any], Any]:
+def _recomputes(attribute: str, stock: Block) -> Callable[[Any], Any]:
     """A wrapper for what runs `attribute` again, stock if its forward was before our time."""
 
     def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

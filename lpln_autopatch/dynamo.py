@@ -16,7 +16,7 @@ from lpln_autopatch.torch_compat import DYNAMO_TRACES_NORMS
 
 # Its own, and held for nothing else: Dynamo is not to be told under the lock of state.py.
 _telling = threading.RLock()
-_told: set[Callable[..., Any]] = set()
+_told = False
 
 
 def trace_through(wrappers: Mapping[str, Callable[..., Any]]) -> None:
@@ -35,10 +35,11 @@ def trace_through(wrappers: Mapping[str, Callable[..., Any]]) -> None:
         return
 
     def tell(dynamo: Any) -> None:
+        global _told
         with _telling:
-            if _told.issuperset(wrappers.values()):
+            if _told:
                 return
-            _told.update(wrappers.values())
+            _told = True
             for rules in dynamo.trace_rules.torch_name_rule_map:
                 for name in wrappers:
                     rules.pop(name, None)

@@ -16,7 +16,7 @@ from lpln_autopatch.torch_compat import on_module_registration
 _logger = logging.getLogger("lpln_autopatch")
 
 BY_NAME = "LPLN_EXEMPT"
-"""The value of `exemption.MARK` where a name made the mark: modules that are added inherit it."""
+"""The mark of a module that is exempt by its name: modules that are added to it inherit it."""
 
 
 class ByName:
@@ -65,29 +65,24 @@ class ByName:
         self._parents[key].append((weakref.ref(parent), name))
 
     def _matches(self, pattern: Sequence[str], path: list[str], parent: torch.nn.Module) -> bool:
-        missing = len(pattern) - len(path)
-        if missing <= 0:
-            return _match(pattern, path[-len(pattern) :])
-        return any(_match(pattern, [*above, *path]) for above in self._above(parent, missing))
+        above = self._above(parent, len(pattern) - len(path))
+        return any(_ends_as([*names, *path], pattern) for names in above)
 
-    def _above(self, module: torch.nn.Module, count: int) -> Iterator[list[str]]:
-        """The last `count` components of each name that `module` has."""
-        for reference, name in self._parents.get(id(module), ()):
-            parent = reference()
-            if count == 1:
-                yield [name]
-            elif parent is not None:
-                yield from ([*above, name] for above in self._above(parent, count - 1))
+    def _above(self, module: torch.nn.Module | None, count: int) -> Iterator[list[str]]:
+        """The last `count` components of each name that `module`, if it is still there, has."""
+        if count <= 0:
+            yield []
+            return
+        for parent, name in self._parents.get(id(module), ()):
+            yield from ([*names, name] for names in self._above(parent(), count - 1))
 
 
-def _match(pattern: Sequence[str], path: Sequence[str]) -> bool:
-    return all(fnmatchcase(name, part) for name, part in zip(path, pattern, strict=True))
+def _ends_as(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    return all(map(fnmatchcase, path[-len(pattern) :], pattern))
 
 
 def _mark(module: torch.nn.Module, name: str) -> None:
     if vars(module).get(exemption.MARK) == BY_NAME:
         return
-    exemption.mark(module, True)
-    for submodule in module.modules():
-        setattr(submodule, exemption.MARK, BY_NAME)
+    exemption.mark(module, BY_NAME)
     _logger.info("%s: %s is exempt", BY_NAME, name)

@@ -12,6 +12,7 @@ from lpln_autopatch.torch_compat import (
     HOOKS_RUN_ALWAYS,
     drop_compiled_code_that_cannot_follow,
     never_a_frame_of_its_own,
+    remove_forward_hooks,
 )
 
 MARK = "_lpln_autopatch_exempt"
@@ -58,13 +59,14 @@ def run_stock(reason: str, function: Callable[..., Any], *args: Any, **kwargs: A
         _thread.reasons.pop()
 
 
-def mark(module: torch.nn.Module, exempt: bool) -> None:
-    """Mark `module` and every module that is inside it now as exempt, or take the marks off."""
+def mark(module: torch.nn.Module, exempt: bool | str) -> None:
+    """Mark `module` and every module that is inside it now with `exempt`; False takes marks off."""
     global changes
     for submodule in module.modules():
-        _unmark(submodule)
+        vars(submodule).pop(MARK, None)
+        remove_forward_hooks(submodule, _enter, _leave)
         if exempt:
-            setattr(submodule, MARK, True)
+            setattr(submodule, MARK, exempt)
             if HOOKS_RUN_ALWAYS and _may_call_a_norm_itself(submodule):
                 submodule.register_forward_pre_hook(_enter, prepend=True)
                 submodule.register_forward_hook(_leave, always_call=True)
@@ -92,15 +94,6 @@ def _may_call_a_norm_itself(module: torch.nn.Module) -> bool:
         return True
     home = getattr(type(module).forward, "__module__", None) or ""
     return not home.startswith(("torch.nn.", "torch.jit.", "lpln_autopatch."))
-
-
-def _unmark(module: torch.nn.Module) -> None:
-    vars(module).pop(MARK, None)
-    # By the hook, for a copy has no handles: what follows is what `RemovableHandle.remove` does.
-    for hooks, ours in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
-        for key in [key for key, hook in hooks.items() if hook is ours]:
-            del hooks[key]
-            getattr(module, "_forward_hooks_always_called", {}).pop(key, None)
 
 
 for _function in (why_stock, run_stock, _enter, _leave):

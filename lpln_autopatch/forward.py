@@ -47,14 +47,7 @@ active: Lowering | None = None
 
 
 def decide(lowering: Lowering, norm: str, x: object, weight: Tensor | None) -> torch.dtype | str:
-    """The dtype to which this call of `norm` is lowered, or why it is stock.
-
-    Args:
-        lowering: What is in force.
-        norm: Its name, as in `torch.nn.functional`.
-        x: Its input.
-        weight: Its scale, or None.
-    """
+    """The dtype to which the call of `norm` for `x` and `weight` is lowered, or why it is stock."""
     # An fx.Proxy gets here when fx traces.
     if not isinstance(x, Tensor):
         return "the input is no tensor"

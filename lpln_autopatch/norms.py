@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -129,20 +128,21 @@ class Target:
         Not a `wrapt.FunctionWrapper`: Dynamo sees through one to the original's code, and compiled
         code would run stock.
         """
-        if self.is_torchs_own(original):
+        if is_torchs_own(original, self.module, self.path):
             globals()[self.beneath] = original
             wrapper = self.wrapper
         else:
             wrapper = traced_like_torchs_own(_over_a_foreign_one(self, original), self.module)
         return functools.wraps(original)(wrapper)
 
-    def is_torchs_own(self, function: Any) -> bool:
-        """Whether `function` is what PyTorch has there, and no other patcher's."""
-        return (
-            type(function) is types.FunctionType
-            and function.__globals__ is vars(self.module)
-            and function.__qualname__ == self.path
-        )
+
+def is_torchs_own(function: Any, module: types.ModuleType, path: str) -> bool:
+    """Whether `function` is what PyTorch has at `path` in `module`, and no other patcher's."""
+    return (
+        type(function) is types.FunctionType
+        and function.__globals__ is vars(module)
+        and function.__qualname__ == path
+    )
 
 
 def _over_a_foreign_one(target: Target, original: Any) -> Callable[..., Any]:
@@ -151,11 +151,10 @@ def _over_a_foreign_one(target: Target, original: Any) -> Callable[..., Any]:
     A backend takes the place of torch's own function, never of one that somebody else put there.
     """
     position = target.path.count(".")  # that of x: a method has its module before it
+    # What is not callable is a descriptor, such as a partialmethod.
+    call = original if callable(original) else functools.partial(_call_bound, original)
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        call = original
-        if not callable(original):  # a descriptor, such as a partialmethod
-            call = functools.partial(_call_bound, original)
         lowering = forward.active
         if lowering is None:
             return call(*args, **kwargs)
@@ -197,36 +196,6 @@ TARGETS = (
 
 NAMES = tuple(dict.fromkeys(target.norm for target in TARGETS))
 """The norms that can be lowered with this torch, as LPLN_NORMS names them."""
-
-
-def resolve(value: object) -> tuple[str, ...]:
-    """The norms that the argument `norms` names, or if that is None, LPLN_NORMS."""
-    if value is None:
-        return parse(os.environ.get("LPLN_NORMS") or "layer_norm", "LPLN_NORMS")
-    return parse(value, "norms")
-
-
-def parse(value: object, source: str) -> tuple[str, ...]:
-    """The norms that `value` names, in the order of `NAMES`.
-
-    Args:
-        value: "all", a name, several separated by commas, or an iterable of names.
-        source: Where the value came from, for the error: an argument or a variable.
-
-    Raises:
-        ValueError: one of them is no norm, or none is named.
-    """
-    given = value.split(",") if isinstance(value, str) else value
-    try:
-        names = [str(name).strip().lower() for name in given]  # type: ignore[attr-defined]
-    except TypeError:
-        names = [repr(given)]
-    wrong = [name for name in names if name not in (*NAMES, "all")]
-    if wrong or not names:
-        what = f"{wrong[0]!r} is not a norm" if wrong else "no norm is named"
-        hint = "" if HAS_RMS_NORM else " (rms_norm: from torch 2.4 on)"
-        raise ValueError(f"{source}={value!r}: {what}. Valid: {', '.join(NAMES)}, all{hint}.")
-    return tuple(name for name in NAMES if name in names or "all" in names)
 
 
 for _target in TARGETS:

@@ -12,13 +12,10 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 import wrapt
 
-from lpln_autopatch.checkpointing import Block, captures_function, recomputes_function
+from lpln_autopatch import checkpointing
+from lpln_autopatch.checkpointing import Block
 from lpln_autopatch.dynamo import trace_through
-from lpln_autopatch.norms import NAMES, TARGETS
-from lpln_autopatch.torch_compat import (
-    CHECKPOINT_ENTRIES,
-    CHECKPOINT_RECOMPUTATIONS,
-)
+from lpln_autopatch.norms import NAMES, TARGETS, is_torchs_own
 
 if not hasattr(wrapt, "wrapper_chain"):
     raise ImportError(
@@ -35,7 +32,6 @@ class Patch:
         module: Where its path begins.
         path: Its name there, dotted.
         factory: Makes the wrapper from the function.
-        is_torchs_own: Whether a function is torch's, which hides no wrapper.
         wrappers: Those of ours that are on. More than one only if another patcher hid ours.
         bottom: What was beneath everything when the first of them was put on.
     """
@@ -43,7 +39,6 @@ class Patch:
     module: ModuleType
     path: str
     factory: Callable[[Any], Any]
-    is_torchs_own: Callable[[Any], bool] = lambda function: False
     wrappers: list[Any] = dataclasses.field(default_factory=list)
     bottom: Any = None
 
@@ -90,7 +85,7 @@ class Patch:
         is not. If none is, somebody's closure hides them.
         """
         chain = self._chain()
-        if _is_in(chain, self.bottom) or self.is_torchs_own(chain[-1]):
+        if _is_in(chain, self.bottom) or is_torchs_own(chain[-1], self.module, self.path):
             self.wrappers = [wrapper for wrapper in self.wrappers if _is_in(chain, wrapper)]
 
 
@@ -100,28 +95,15 @@ def _is_in(chain: list[Any], wanted: Any) -> bool:
 
 
 class Patches:
-    """Everything that the package patches.
-
-    Args:
-        capture: Captures what is in force, for a recomputation.
-        stock: Opens a block in which nothing is in force.
-    """
+    """Everything that the package patches. It takes the arguments of `checkpointing.factories`."""
 
     def __init__(self, capture: Callable[[], Block], stock: Block) -> None:
-        module = torch.utils.checkpoint
         self._norms = [
-            (target.norm, Patch(target.module, target.path, target.wrap, target.is_torchs_own))
-            for target in TARGETS
+            (target.norm, Patch(target.module, target.path, target.wrap)) for target in TARGETS
         ]
         self._checkpointing = [
-            *(
-                Patch(module, path, captures_function(position, capture))
-                for path, position in CHECKPOINT_ENTRIES.items()
-            ),
-            *(
-                Patch(module, path, recomputes_function(attribute, stock))
-                for path, attribute in CHECKPOINT_RECOMPUTATIONS.items()
-            ),
+            Patch(torch.utils.checkpoint, path, factory)
+            for path, factory in checkpointing.factories(capture, stock).items()
         ]
         self._dynamo_knows = False
 

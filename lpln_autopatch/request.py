@@ -7,14 +7,13 @@ comes back here, and must find a module that is whole.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import os
 import warnings
 from typing import TYPE_CHECKING
 
 from lpln_autopatch.precision import NoEffectWarning, Precision
 
 if TYPE_CHECKING:
-    from lpln_autopatch.backends import Backend
     from lpln_autopatch.forward import Lowering
 
 
@@ -25,16 +24,16 @@ class Request:
     Attributes:
         precision: When norms are lowered.
         backend: The name of what normalises, as it was chosen: never "auto".
-        normalise: What normalises.
         norms: The names of the norms that are lowered.
         source: "environment", "enable", "block" or "surgery".
+        lowering: What the hot path reads while this request is in force.
     """
 
     precision: Precision
     backend: str
-    normalise: Backend
     norms: tuple[str, ...]
     source: str
+    lowering: Lowering
 
     @classmethod
     def parse(
@@ -48,14 +47,16 @@ class Request:
         """
         # Before our own modules that import it: if this is its first import and LPLN_PRECISION
         # is set, it comes back to us, and must not find one of them half imported.
-        import torch  # noqa: F401
+        import torch
 
-        from lpln_autopatch import backends
-        from lpln_autopatch import norms as known_norms
+        from lpln_autopatch import backends, forward
 
         parsed = Precision.parse(precision, argument)
-        named = known_norms.resolve(norms)
-        return cls(parsed, *backends.resolve(backend, parsed), named, source)
+        named = _parse_norms(norms)
+        name, normalise = backends.resolve(backend, parsed)
+        dtypes = tuple(d for d in (torch.float16, torch.bfloat16) if parsed.engages(d))
+        lowering = forward.Lowering(str(parsed), dtypes, named, normalise)
+        return cls(parsed, name, named, source, lowering)
 
     @classmethod
     def again(cls, precision: str, backend: str, source: str) -> Request:
@@ -71,16 +72,6 @@ class Request:
             )
             return cls.parse(precision, "native", "layer_norm", source, "precision")
 
-    @functools.cached_property
-    def lowering(self) -> Lowering:
-        """What the hot path reads while this request is in force."""
-        import torch
-
-        from lpln_autopatch.forward import Lowering
-
-        dtypes = tuple(d for d in (torch.float16, torch.bfloat16) if self.precision.engages(d))
-        return Lowering(str(self.precision), dtypes, self.norms, self.normalise)
-
     def warn_never_engages(self, stacklevel: int) -> None:
         """Say that this request lowers nothing."""
         warnings.warn(
@@ -89,3 +80,32 @@ class Request:
             NoEffectWarning,
             stacklevel=stacklevel + 1,
         )
+
+
+def _parse_norms(value: object) -> tuple[str, ...]:
+    """The norms that the argument `norms` names, in the order of `NAMES`.
+
+    Args:
+        value: "all", a name, several separated by commas, an iterable of names, or None for what
+            LPLN_NORMS says.
+
+    Raises:
+        ValueError: one of them is no norm, or none is named.
+    """
+    from lpln_autopatch.norms import NAMES
+    from lpln_autopatch.torch_compat import HAS_RMS_NORM
+
+    source = "norms"
+    if value is None:
+        value, source = os.environ.get("LPLN_NORMS") or "layer_norm", "LPLN_NORMS"
+    given = value.split(",") if isinstance(value, str) else value
+    try:
+        names = [str(name).strip().lower() for name in given]  # type: ignore[attr-defined]
+    except TypeError:
+        names = [repr(given)]
+    wrong = [name for name in names if name not in (*NAMES, "all")]
+    if wrong or not names:
+        what = f"{wrong[0]!r} is not a norm" if wrong else "no norm is named"
+        hint = "" if HAS_RMS_NORM else " (rms_norm: from torch 2.4 on)"
+        raise ValueError(f"{source}={value!r}: {what}. Valid: {', '.join(NAMES)}, all{hint}.")
+    return tuple(name for name in NAMES if name in names or "all" in names)

@@ -26,6 +26,7 @@ _blocks: dict[object, Request | None] = {}
 # Whether the wrappers stay, inert, once nothing is in force: from the first request until the
 # base is cleared. Entering and leaving blocks in a loop must not patch every time.
 _keep_wrappers = False
+_made: Patches | None = None  # What `_patches` gives.
 _holds = 0  # How many need the wrappers on, whatever is in force: see `wrappers_held`.
 
 # Nothing is imported, compiled or told to the user while it is held. Reentrant, because the garbage
@@ -68,12 +69,7 @@ def clear_base() -> None:
 
 
 def enter(request: Request, token: object) -> None:
-    """Open a block: `request` is in force until it is left or another one is entered.
-
-    Args:
-        request: What is in force inside.
-        token: What `leave` takes.
-    """
+    """Open a block: `request` is in force until `leave(token)`, or until another is entered."""
     global _keep_wrappers
     with _change():
         _install_for(request)
@@ -83,9 +79,9 @@ def enter(request: Request, token: object) -> None:
         _blocks[token] = request
 
 
-def leave(token: object) -> None:
+def leave(token: object, warn: bool = True) -> None:
     """Close the block that was entered with `token`, in whatever order."""
-    with _change():
+    with _change(warn):
         _blocks.pop(token, None)
 
 
@@ -109,8 +105,7 @@ def _again(request: Request | None) -> Iterator[None]:
     try:
         yield
     finally:
-        with _change(warn=False):
-            _blocks.pop(token, None)
+        leave(token, warn=False)
 
 
 @contextlib.contextmanager
@@ -133,15 +128,20 @@ def wrappers_held() -> Iterator[None]:
 
 def is_installed() -> bool:
     """Whether our wrappers are on the norms, active or inert."""
+    patches = _patches()
     with _lock:
-        return bool(_patches().on())
+        return bool(patches.on())
 
 
-@functools.cache
 def _patches() -> Patches:
+    """What this package patches: one object, whichever thread asks first."""
+    global _made
     from lpln_autopatch.patch import Patches
 
-    return Patches(_capture, functools.partial(_again, None))
+    with _lock:
+        if _made is None:
+            _made = Patches(_capture, functools.partial(_again, None))
+        return _made
 
 
 def _install_for(request: Request) -> None:
@@ -154,8 +154,7 @@ def _install_for(request: Request) -> None:
 def _change(warn: bool = True) -> Iterator[None]:
     """Hold the lock while the state changes, then have the hot path and the wrappers follow.
 
-    Args:
-        warn: Whether to say so if the wrappers have to go and cannot.
+    With `warn`, say so if the wrappers have to go and cannot.
     """
     global _open_changes, _revision
     import torch  # noqa: F401  # with LPLN_PRECISION set, importing it makes a change of its own
@@ -182,7 +181,7 @@ def _change(warn: bool = True) -> Iterator[None]:
         torch_compat.drop_compiled_code_that_cannot_follow()
     # Last of all, for those who make errors of warnings.
     for message in left if warn else ():
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 def _set_active() -> bool:
@@ -190,8 +189,7 @@ def _set_active() -> bool:
     from lpln_autopatch import forward
 
     request = current()
-    engages = request is not None and request.precision.ever_engages
-    lowering = request.lowering if request is not None and engages else None
+    lowering = request.lowering if request is not None and request.precision.ever_engages else None
     changed = lowering != forward.active
     forward.active = lowering
     return changed

@@ -69,8 +69,8 @@ def something_intercepts_operators() -> bool:
     return bool(torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
-# until torch 2.0: a module's forward hook does not run if the forward raises.
-HOOKS_RUN_ALWAYS = TORCH_VERSION >= (2, 0)
+# until torch 2.1: a module's forward hook does not run if the forward raises.
+HOOKS_RUN_ALWAYS = TORCH_VERSION >= (2, 1)
 HAS_RMS_NORM = TORCH_VERSION >= (2, 4)
 
 # until torch 2.5: Dynamo puts a call of torch's own modules into the graph without tracing it.
@@ -145,9 +145,8 @@ def traced_like_torchs_own(function: _F, module: types.ModuleType) -> _F:
 
 def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
     """The module that `torch.compile` was called for to make `model`, or `model` itself."""
-    original = vars(model).get("_modules", {}).get("_orig_mod")
     is_compiled = type(model).__module__.startswith("torch._dynamo.")
-    return original if is_compiled and original is not None else model
+    return getattr(model, "_orig_mod", model) if is_compiled else model
 
 
 def compiled_code_runs_eagerly() -> AbstractContextManager[Any]:
@@ -160,7 +159,7 @@ def compiled_code_runs_eagerly() -> AbstractContextManager[Any]:
 def every_module_hooked(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
     """Call `enter(module, args)` and `leave(module, args, kwargs, output)` around every forward.
 
-    If it raises, `output` is None and kwargs are empty. until torch 2.0: no `leave`, no kwargs.
+    If it raises, `output` is None and kwargs are empty. until torch 2.1: no `leave`, no kwargs.
     """
 
     def after(module: torch.nn.Module, args: Any, *rest: Any) -> None:
@@ -171,6 +170,16 @@ def every_module_hooked(enter: Callable[..., None], leave: Callable[..., None]) 
     before = hooks.register_module_forward_pre_hook(enter)
     with before, hooks.register_module_forward_hook(after, **options):
         yield
+
+
+def remove_forward_hooks(module: torch.nn.Module, *unwanted: Callable[..., Any]) -> None:
+    """Take hooks off by themselves: a copy of a module has its hooks, and no handles of them."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if any(hook is one for one in unwanted):
+                del hooks[key]
+                # until torch 2.1: there is none
+                getattr(module, "_forward_hooks_always_called", {}).pop(key, None)
 
 
 def on_module_registration(hook: Callable[..., None]) -> Any:

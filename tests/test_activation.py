@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import random
+import textwrap
 import threading
 import time
 import warnings
@@ -15,7 +16,7 @@ import importlib_metadata
 import pytest
 import torch
 import wrapt
-from support import AUTOCAST_DTYPES, output_dtype
+from support import AUTOCAST_DTYPES, output_dtype, run_python
 
 import lpln_autopatch as lpln
 from lpln_autopatch import NoEffectWarning, low_precision_layernorm
@@ -400,6 +401,32 @@ def test_stock_calls_do_not_use_up_the_warning(layer_norm):
         output_dtype(torch.nn.LayerNorm(8).double(), torch.randn(4, 8).double())
     with pytest.warns(NoEffectWarning):
         output_dtype(layer_norm)
+
+
+def test_threads_that_activate_first_share_one_patch():
+    """Two threads at once in the first activation: disable() takes off whatever either put on."""
+    code = """
+        import sys, threading, torch
+        import lpln_autopatch as lpln
+
+        original, both = torch.nn.functional.layer_norm, threading.Barrier(2, timeout=60)
+        block = lpln.low_precision_layernorm("bf16")
+        assert "lpln_autopatch.patch" not in sys.modules
+
+        def work():
+            both.wait()
+            with block:
+                pass
+
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        lpln.disable()
+        print(torch.nn.functional.layer_norm is original, lpln.status().installed)
+    """
+    assert run_python("-c", textwrap.dedent(code)).stdout.split() == ["True", "False"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork; Linux CI has it")

@@ -75,7 +75,7 @@ def with_wrapt(original):
 
 @pytest.mark.parametrize("theirs", [plain, with_wraps, with_wrapt])
 def test_wrapper_of_somebody_else_on_top_survives(theirs, layer_norm):
-    """disable() never overwrites a later patcher: theirs stays in force, ours is inert."""
+    """disable() never overwrites a later patcher: theirs stays, ours is inert; it warns here."""
     original = vars(LayerNorm)["forward"]
     x = torch.randn(4, 8)
     stock = layer_norm(x)
@@ -86,8 +86,10 @@ def test_wrapper_of_somebody_else_on_top_survives(theirs, layer_norm):
         if theirs is with_wrapt:
             lpln.disable()  # spliced out from beneath theirs
         else:
-            with pytest.warns(RuntimeWarning, match=r"LayerNorm\.forward was wrapped by"):
+            message = r"LayerNorm\.forward was wrapped by"
+            with pytest.warns(RuntimeWarning, match=message) as caught:
                 lpln.disable()
+            assert caught[0].filename == __file__
         assert vars(LayerNorm)["forward"] is top
         assert output_dtype(layer_norm) is FP32
         assert torch.equal(layer_norm(x), stock + 1)

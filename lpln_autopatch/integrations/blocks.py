@@ -17,17 +17,9 @@ if TYPE_CHECKING:
 class Blocks:
     """A `low_precision_layernorm` block for each training that is under way.
 
-    One instance may be in several trainings at a time, nested or in threads. A copy, or what is
-    unpickled, is in none.
-
-    Args:
-        precision: As for `lpln_autopatch.enable`.
-        backend: As for `lpln_autopatch.enable`.
-        norms: As for `lpln_autopatch.enable`.
-
-    Raises:
-        ValueError: precision, backend or norms is not a valid name.
-        ImportError: the backend cannot be used here.
+    It takes the arguments of `lpln_autopatch.enable`, and raises what that raises. One instance may
+    be in several trainings at a time, nested or in threads. A copy, or what is unpickled, is in
+    none.
     """
 
     def __init__(
