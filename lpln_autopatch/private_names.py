@@ -47,9 +47,6 @@ PRIVATE_NAMES = {
     "None: TORCH_DEVICE_BACKEND_AUTOLOAD is public, and how torch reads it is not.": [
         Name("torch._is_device_backend_autoload_enabled", since=(2, 5)),
     ],
-    "torch.utils.pytree, once every torch that is supported has it.": [
-        Name("torch.utils._pytree.tree_flatten"),
-    ],
     "torch.nn.Module.named_children.": [
         Name("torch.nn.Module._modules"),
     ],

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpln_autopatch.backends import cpu
+from lpln_autopatch.backends import autograd
 from lpln_autopatch.torch_compat import autocast_dtype
 
 
@@ -68,17 +68,17 @@ class _RoundedXhat(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             y, mean, rstd = torch.native_layer_norm(x.float(), shape, weight, bias, eps)
-        ctx.save_for_backward(((x.float() - mean) * rstd).to(dtype), weight, bias, rstd)
-        ctx.shape, ctx.x_dtype = shape, x.dtype
+        ctx.save_for_backward(((x.float() - mean) * rstd).to(dtype), weight, rstd)
+        ctx.shape = shape
         return y.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        xhat, weight, bias, rstd = ctx.saved_tensors
+        xhat, weight, rstd = ctx.saved_tensors
         x, mean = xhat.float() / rstd, torch.zeros_like(rstd)  # x, but for its mean
         wanted = (True, True, True)
-        dx, *others = cpu.backward(dy, x, ctx.shape, weight, bias, mean, rstd, wanted)
-        return dx.to(ctx.x_dtype), None, *others, None  # type: ignore[union-attr]
+        dx, *others = autograd.backward(dy, x, ctx.shape, weight, mean, rstd, wanted)
+        return dx, None, *others, None
 
 
 class FusedArithmetic(torch.nn.LayerNorm):
