@@ -161,15 +161,20 @@ def every_module_hooked(enter: Callable[..., None], leave: Callable[..., None]) 
 
     If it raises, `output` is None and kwargs are empty. until torch 2.1: no `leave`, no kwargs.
     """
+    hooks = torch.nn.modules.module
 
     def after(module: torch.nn.Module, args: Any, *rest: Any) -> None:
         leave(module, args, rest[0] if len(rest) == 2 else {}, rest[-1])
 
-    hooks = torch.nn.modules.module
     options = {"with_kwargs": True, "always_call": True} if HOOKS_RUN_ALWAYS else {}
     before = hooks.register_module_forward_pre_hook(enter)
-    with before, hooks.register_module_forward_hook(after, **options):
-        yield
+    behind = hooks.register_module_forward_hook(after, **options)
+    try:
+        with before, behind:
+            yield
+    finally:
+        # The handle leaves it there (torch 2.14), and torch.compile warns of a hook.
+        getattr(hooks, "_global_forward_hooks_with_kwargs", {}).pop(behind.id, None)
 
 
 def remove_forward_hooks(module: torch.nn.Module, *unwanted: Callable[..., Any]) -> None:
@@ -178,7 +183,6 @@ def remove_forward_hooks(module: torch.nn.Module, *unwanted: Callable[..., Any])
         for key, hook in list(hooks.items()):
             if any(hook is one for one in unwanted):
                 del hooks[key]
-                # until torch 2.1: there is none
                 getattr(module, "_forward_hooks_always_called", {}).pop(key, None)
 
 

@@ -213,6 +213,7 @@ def test_nothing_is_left_behind(active):
             report(run, torch.randn(4, 8))
         assert (dict(vars(F)), dict(vars(torch.nn.LayerNorm))) == before
         assert not hooks._global_forward_hooks
+        assert not getattr(hooks, "_global_forward_hooks_with_kwargs", None)
         assert not hooks._global_forward_pre_hooks
         assert not [module for module in model.modules() if module._forward_hooks]
     with autocast():
