@@ -23,6 +23,9 @@ from lpln_autopatch.torch_compat import (
     run_while_compiling,
 )
 
+INTERCEPTED = "__torch_function__"
+"""Why a call is stock whose mode, or whose tensor's class, gets it from PyTorch's own function."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Lowering:
@@ -54,7 +57,7 @@ def decide(lowering: Lowering, norm: str, x: object, weight: Tensor | None) -> t
     # PyTorch's own function hands the call, with ours as the function, to the mode or the
     # subclass that asks for it. What that calls is decided then.
     if has_torch_function_variadic(x, weight):
-        return "__torch_function__"
+        return INTERCEPTED
     dtype = autocast_dtype(x.device.type)
     if dtype is None:
         return "no autocast"

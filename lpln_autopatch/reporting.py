@@ -172,7 +172,7 @@ class _Recorder:
             self.called.add(module)
 
     def _leave(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        # Not the last one, where a module above it raised, before torch 2.0.
+        # Not the last one, where a module above it raised, before torch 2.1.
         found = [at for at, running in enumerate(self._running) if running[0] is module]
         if threading.get_ident() == self._thread and found:
             del self._running[found[-1] + 1 :]
@@ -199,7 +199,8 @@ class _Recorder:
         given, got = getattr(x, "dtype", None), getattr(y, "dtype", None)
         lowered, reason = got == decision, by
         if not lowered and given is torch.float32 and got == autocast_dtype(x.device.type):
-            lowered, reason = True, "another patcher"  # PyTorch's own give float32 for float32
+            # PyTorch's own give float32 for float32. Surgery decides inside a mode, unseen.
+            lowered, reason = True, by or "another patcher"
         elif not lowered:
             reason = decision if isinstance(decision, str) else f"another patcher gives {got}"
         self.rows[Row(self._running[-1][1], norm, 0, given, got, lowered, reason)] += 1

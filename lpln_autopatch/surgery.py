@@ -12,9 +12,10 @@ import torch
 # TorchScript resolves the names in LayerNorm.forward's source here; see norms.py.
 import torch.nn.functional as F  # noqa: F401
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from lpln_autopatch.exemption import MARK
-from lpln_autopatch.forward import decide, run_backend
+from lpln_autopatch.forward import INTERCEPTED, decide, run_backend
 from lpln_autopatch.precision import NoEffectWarning, Precision
 from lpln_autopatch.request import Request
 from lpln_autopatch.torch_compat import traced_like_torchs_own
@@ -65,6 +66,10 @@ class LPLayerNorm(torch.nn.LayerNorm):
         if MARK not in self.__dict__:
             dtype = decide(lowering, "layer_norm", input, self.weight)
         arguments = (input, self.normalized_shape, self.weight, self.bias, self.eps)
+        if dtype == INTERCEPTED:
+            # By a mode or a subclass, which calls this again.
+            both = (input, self.weight)
+            return handle_torch_function(LPLayerNorm.forward, both, self, input)
         if isinstance(dtype, str):
             # The operator: what is active has no say in a module of its own precision.
             return torch.layer_norm(*arguments)

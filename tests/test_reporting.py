@@ -185,6 +185,16 @@ def lowers(beneath):
     return forward
 
 
+@pytest.mark.skipif(TORCH_VERSION < (2, 0), reason="a device is a context from torch 2.0 on")
+def test_surgery_is_named_inside_a_function_mode():
+    """A mode calls the forward again: it is one call, lowered by surgery."""
+    model = torch.nn.LayerNorm(8)
+    lpln_autopatch.apply_low_precision_layernorm(model)
+    with autocast(), torch.device("cpu"):
+        (row,) = report(model, torch.randn(4, 8)).rows
+    assert (row.calls, row.lowered, row.reason) == (1, True, "surgery")
+
+
 def test_other_patchers_forward_beneath_is_seen(monkeypatch):
     """Ours rounds what a patcher beneath it gives: lowered. Without ours, the patcher did it."""
     monkeypatch.setattr(torch.nn.LayerNorm, "forward", casts(torch.nn.LayerNorm.forward))

@@ -425,6 +425,34 @@ def test_parametrized_layernorm():
     assert type(norm) is nn.LayerNorm
 
 
+class Passed(torch.Tensor):
+    """A subclass that hands every function on."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.skipif(TORCH_VERSION < (2, 0), reason="a device is a context from torch 2.0 on")
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_dynamo)])
+def test_surgery_is_lowered_inside_function_modes(compiled):
+    """`with torch.device(...)`, and a tensor subclass, leave a module under surgery lowered."""
+    model = nn.Sequential(nn.LayerNorm(8))
+    apply_low_precision_layernorm(model)
+    run = torch.compile(model, backend="eager") if compiled else model
+    x = torch.randn(4, 8, requires_grad=True)
+    with autocast():
+        expected = model(x)
+        with torch.device("cpu"):
+            y = run(x)
+        passed = model(x.as_subclass(Passed))
+    assert y.dtype is passed.dtype is expected.dtype is BF16
+    assert type(passed) is Passed
+    torch.testing.assert_close(y, expected)  # compiled code rounds x first
+    y.sum().backward()
+    assert x.grad is not None
+
+
 FULLY_SHARD = """
 import os, sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
