@@ -448,7 +448,8 @@ def test_surgery_is_lowered_inside_function_modes(compiled):
         passed = model(x.as_subclass(Passed))
     assert y.dtype is passed.dtype is expected.dtype is BF16
     assert type(passed) is Passed
-    torch.testing.assert_close(y, expected)  # compiled code rounds x first
+    # Compiled code rounds x first.
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
     y.sum().backward()
     assert x.grad is not None
 
