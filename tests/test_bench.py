@@ -159,6 +159,17 @@ def test_loss_under_cudas_policy_compares_every_arithmetic(tmp_path):
         assert abs(row["figures"]["largest minus stock"]) < 0.05
 
 
+def test_loss_leaves_a_norm_stock_that_is_named(tmp_path):
+    """--exempt: of a model of five norms the last gives float32, whatever the contender."""
+    arguments = ("--policy", "cuda", "--exempt", "final_norm", "norm", "--dtype", "bfloat16")
+    _, written = bench(tmp_path, "loss", *arguments)
+    assert contenders(written["loss"], measured=False) == [[]] * 3
+    for row in written["loss"]:
+        low = row["case"]["autocast"]
+        both = f"{low}, float32"
+        assert row["figures"]["gives"] == (both if "lowered" in row["contender"] else "float32")
+
+
 def run_contender(contender: Contender) -> tuple[dict, dict]:
     """What one contender gives on a small case: checked figures, and reasons."""
     passed, reasons = Layer((8, 64), FP32, BF16, CPU).check([contender])

@@ -117,6 +117,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     add_for("loss", "steps", "steps of training, at least 20", type=at_least(20))
     add_for("loss", "seeds", "how many, at least 2", type=at_least(2))
     add_for("loss", "lr", "learning rate (default: 0.001)", type=float)
+    add_for("loss", "exempt", "modules that stay stock", nargs="+", metavar="NAME")
     add_for("loss", "policy", "under CUDA's autocast lists, on the CPU", choices=["cuda"])
     options = parser.parse_args(argv)
     _refuse_suites(parser, options, suite_of)
