@@ -419,6 +419,7 @@ def test_inference_tensor_can_be_trained_on():
 @pytest.mark.parametrize("features", [1, 64])
 def test_gradient_that_is_not_what_lies_in_memory(features):
     """A negative view and a zero without memory, as autograd passes them: right gradients."""
+    torch.manual_seed(0)
     x, *rest = arguments((4, features))
     y = fused.normalise(x, *rest, 1e-5, FP16)
     leaves = [x, *rest[1:]]
@@ -430,7 +431,8 @@ def test_gradient_that_is_not_what_lies_in_memory(features):
         got = torch.autograd.grad(y, leaves, upstream, retain_graph=True)
         expected = torch.autograd.grad(y, leaves, plain, retain_graph=True)
         for g, e in zip(got, expected, strict=True):
-            torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5)
+            # For one feature 1 / sqrt(eps) stands in front of what is zero but for rounding.
+            torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-3 if features == 1 else 1e-5)
 
 
 @runs_kernels

@@ -705,7 +705,7 @@ def test_compiled_code_keeps_y_where_it_is_xhat():
 
 @needs_dynamo
 @pytest.mark.parametrize("how", ["torch.func", "inside the graph", "export"])
-def test_compiled_second_derivatives_are_natives(how, monkeypatch):
+def test_compiled_second_derivatives_are_natives(how):
     """Where Dynamo itself differentiates, or exports, the graph is native's."""
     torch.manual_seed(0)
     norm = torch.nn.LayerNorm(64, elementwise_affine=False)
@@ -734,7 +734,7 @@ def test_compiled_second_derivatives_are_natives(how, monkeypatch):
         elif not hasattr(config, "trace_autograd_ops"):
             pytest.skip("this Dynamo does not differentiate inside of a graph; the newest does")
         else:
-            monkeypatch.setattr(config, "trace_autograd_ops", True)
             compiled = torch.compile(penalty, backend="aot_eager", fullgraph=True)
-            got, expected = (torch.autograd.grad(f(x), x)[0] for f in (compiled, penalty))
+            with config.patch(trace_autograd_ops=True):
+                got, expected = (torch.autograd.grad(f(x), x)[0] for f in (compiled, penalty))
             assert error(got, expected.double()) < 2e-2
