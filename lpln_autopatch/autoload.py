@@ -60,6 +60,10 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
 
             ByName(os.environ["LPLN_EXEMPT"]).install()
         enable_from(os.environ[_VARIABLE], "auto", None, "environment", _VARIABLE)
+        if os.environ.get("LPLN_SUMMARY", "").strip().lower() not in _AS_IF_UNSET:
+            from lpln_autopatch import summary
+
+            summary.install()
     except Exception as error:
         reason = (str(error) or repr(error)).rstrip(".")
         message = f"{reason}. Unset {_VARIABLE} to leave LayerNorm as PyTorch has it."
