@@ -117,6 +117,10 @@ def _recoverable(weight: Tensor | None) -> Any:
     return _yes
 
 
+def _cudas_kernel_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if x.dtype is dtype else torch.float32
+
+
 @contextlib.contextmanager
 def accelerator() -> Iterator[Policy]:
     """Have the device "emulated" and CUDA's policy on it, with tensors that hold no data."""
@@ -133,6 +137,7 @@ def accelerator() -> Iterator[Policy]:
         with (
             mock.patch.object(lean, "takes", _yes),
             mock.patch.object(lean, "counter", _recoverable),
+            mock.patch.object(lean, "kernel_dtype", _cudas_kernel_dtype),
             policy(NAME) as chosen,
             FakeTensorMode(allow_non_fake_inputs=True),
         ):

@@ -62,14 +62,20 @@ def _normalise(
     x: Tensor, shape: Shape, weight: Affine, bias: Affine, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Affine, Affine, Tensor, Tensor]:
     """y, what the kernel took for x, weight and bias, and mean and rstd of each row."""
-    # CUDA's kernel wants one dtype, and gives float32 statistics for it; those of other devices
-    # may give them in low precision.
-    computed_in = dtype if x.is_cuda and x.dtype is dtype else torch.float32
+    computed_in = kernel_dtype(x, dtype)
     with autocast_disabled():
         x = x.to(dtype=computed_in)
         weight, bias = (t if t is None else t.to(dtype=computed_in) for t in (weight, bias))
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         return y.to(dtype=dtype), x, weight, bias, mean, rstd
+
+
+def kernel_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the kernel takes its arguments in, all of them.
+
+    CUDA's gives float32 statistics for any; those of other devices may give them in low precision.
+    """
+    return dtype if x.is_cuda and x.dtype is dtype else torch.float32
 
 
 class _LeanLayerNorm(torch.autograd.Function):
