@@ -22,7 +22,7 @@ help:
 	@printf '%s\n' \
 	  'make demo             train a small model twice, stock and lowered, and compare;' \
 	  '                      count what a GPU would do for BERT and ViT' \
-	  '                      installs torch, this package, tqdm, transformers: 1 GB, 1 minute' \
+	  '                      installs torch, this package, tqdm, tabulate, transformers: 1 GB, 1 minute' \
 	  'make test             the tests, from the built wheel, with the Triton kernels' \
 	  '                      installs the tools for development and Triton, too: 2.4 GB in all,' \
 	  '                      3 minutes' \
@@ -98,7 +98,7 @@ $(HAS_TORCH):
 	$(VENV)/bin/pip install $(TORCH)
 	touch $@
 
-$(RUNS): $(HAS_TORCH) pyproject.toml $(shell find lpln_autopatch -name '*.py')
+$(RUNS): $(HAS_TORCH) pyproject.toml $(EXAMPLE) $(shell find lpln_autopatch -name '*.py')
 	rm -rf $(VENV)/wheel
 	$(VENV)/bin/pip wheel --quiet --no-deps --wheel-dir $(VENV)/wheel .
 	$(VENV)/bin/pip install "$$(echo $(VENV)/wheel/*.whl)" tqdm $(TORCH)

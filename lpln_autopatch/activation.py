@@ -63,7 +63,7 @@ class Enabled:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        disable()
+        state.clear_base()
 
 
 def disable() -> None:

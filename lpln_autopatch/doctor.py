@@ -19,11 +19,7 @@ if TYPE_CHECKING:
     from lpln_autopatch.request import Request
 
 VARIABLES = (
-    "LPLN_PRECISION",
-    "LPLN_BACKEND",
-    "LPLN_NORMS",
-    "LPLN_EXEMPT",
-    "LPLN_SUMMARY",
+    *(f"LPLN_{name}" for name in ("PRECISION", "BACKEND", "NORMS", "EXEMPT", "SUMMARY")),
     "TORCH_DEVICE_BACKEND_AUTOLOAD",
     "AUTOWRAPT_BOOTSTRAP",
     "PYTHONPATH",
@@ -101,7 +97,8 @@ class Diagnosis:
     def verdict(self) -> str:
         """The outcome, in a line."""
         if self.problem is not None:
-            return f"LPLN_PRECISION does not lower LayerNorm: {self.problem}"
+            is_set = bool(self.environment["LPLN_PRECISION"])
+            return "LPLN_PRECISION does not lower LayerNorm: " * is_set + self.problem
         if self.precision is None:
             value = self.environment["LPLN_PRECISION"]
             how = "is not set" if value is None else f"is {value!r}"

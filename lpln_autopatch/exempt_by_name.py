@@ -39,7 +39,7 @@ class ByName:
             if pattern
         ]
         # By id, for a module need not have a hash: its parents, and its name in each.
-        self._parents: dict[int, list[tuple[weakref.ref[torch.nn.Module], str]]] = {}
+        self._parents: dict[int, dict[tuple[int, str], weakref.ref[torch.nn.Module]]] = {}
 
     def install(self) -> Any:
         """Watch every registration from now on; the handle that is returned ends that."""
@@ -60,9 +60,9 @@ class ByName:
     def _remember(self, parent: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
         key = id(module)
         if key not in self._parents:
-            self._parents[key] = []
+            self._parents[key] = {}
             weakref.finalize(module, self._parents.pop, key, None).atexit = False
-        self._parents[key].append((weakref.ref(parent), name))
+        self._parents[key][id(parent), name] = weakref.ref(parent)
 
     def _matches(self, pattern: Sequence[str], path: list[str], parent: torch.nn.Module) -> bool:
         above = self._above(parent, len(pattern) - len(path))
@@ -73,7 +73,7 @@ class ByName:
         if count <= 0:
             yield []
             return
-        for parent, name in self._parents.get(id(module), ()):
+        for (_, name), parent in self._parents.get(id(module), {}).items():
             yield from ([*names, name] for names in self._above(parent(), count - 1))
 
 

@@ -52,7 +52,7 @@ class Request:
         from lpln_autopatch import backends, forward
 
         parsed = Precision.parse(precision, argument)
-        named = _parse_norms(norms)
+        named = parse_norms(norms)
         name, normalise = backends.resolve(backend, parsed)
         dtypes = tuple(d for d in (torch.float16, torch.bfloat16) if parsed.engages(d))
         lowering = forward.Lowering(str(parsed), dtypes, named, normalise)
@@ -82,7 +82,7 @@ class Request:
         )
 
 
-def _parse_norms(value: object) -> tuple[str, ...]:
+def parse_norms(value: object) -> tuple[str, ...]:
     """The norms that the argument `norms` names, in the order of `NAMES`.
 
     Args:

@@ -123,7 +123,8 @@ def wrappers_held() -> Iterator[None]:
         with _change(warn=False):
             _holds -= 1
             requests = filter(None, (_base, *_blocks.values()))
-            patches.remove(were_on.union(*(request.norms for request in requests)))
+            lowered = (request.norms for request in requests if request.precision.ever_engages)
+            patches.remove(were_on.union(*lowered))
 
 
 def is_installed() -> bool:

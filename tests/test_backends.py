@@ -33,11 +33,13 @@ def fused_layer_norm(input, normalized_shape, eps=1e-6, memory_efficient=False):
 
 @pytest.fixture
 def install_apex(tmp_path, monkeypatch):
-    """Puts a package called apex on sys.path: "nvidia", "old", "python only" or "unrelated"."""
+    """Puts an apex on sys.path: "nvidia", "old", "python only", "unrelated" or "clone"."""
 
     def install(kind: str) -> None:
         package = tmp_path / "apex"
         package.mkdir()
+        if kind == "clone":
+            return
         (package / "__init__.py").write_text("raise ImportError" if kind == "unrelated" else "")
         if kind != "unrelated":
             (package / "normalization").mkdir()
@@ -82,6 +84,7 @@ def test_unknown_backend_is_refused(monkeypatch):
     ("kind", "reason"),
     [
         (None, "NVIDIA apex is not installed"),
+        ("clone", "NVIDIA apex is not installed"),
         ("unrelated", "is not NVIDIA's. The package index has an unrelated project"),
         ("python only", "without its CUDA extension"),
     ],

@@ -90,6 +90,13 @@ def test_compiled_is_counted_from_its_graphs(tmp_path):
     assert figures["recipe"]["kept"] <= figures["stock"]["kept"]
 
 
+def test_model_that_cannot_be_run_leaves_the_others(tmp_path):
+    """It is a line that says why; what was counted before is printed and written."""
+    printed, figures = count(tmp_path, "--models", "small:make", "small:fails")
+    assert figures["native"]["kept"] > 0
+    assert "not measured: stock, model small:fails" in printed
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

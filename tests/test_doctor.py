@@ -121,6 +121,13 @@ def test_broken_import_is_a_problem(tmp_path, module):
     assert found["problem"] == why
 
 
+def test_verdict_names_the_variable_only_if_it_is_set(tmp_path):
+    """Without LPLN_PRECISION it is torch that fails, and nothing else."""
+    (tmp_path / "torch.py").write_text("raise ImportError('broken here')")
+    result = run_python("-m", "lpln_autopatch", check=False, PYTHONPATH=str(tmp_path))
+    assert result.stdout.splitlines()[-1].startswith("torch, or what lpln_autopatch needs, fails")
+
+
 def test_old_wrapt_is_a_problem(tmp_path):
     """A wrapt that imports and lacks what we use of it: JSON and what to do, no traceback."""
     (tmp_path / "sitecustomize.py").write_text("import wrapt; del wrapt.wrapper_chain")

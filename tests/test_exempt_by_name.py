@@ -103,6 +103,15 @@ def test_names_are_known_in_whatever_order_a_model_is_put_together(by_name):
     assert exempt_norms(outer) == set()
 
 
+def test_registering_again_keeps_nothing_more(by_name):
+    """A forward that sets a submodule at each call."""
+    names = by_name("head.norm")
+    outer, inner = nn.Module(), nn.LayerNorm(8)
+    for _ in range(3):
+        outer.inner = inner
+    assert [len(parents) for parents in names._parents.values()] == [1]
+
+
 def test_modules_are_not_kept(by_name):
     """What is known of a module goes with it."""
     names = by_name("head.norm")

@@ -664,8 +664,8 @@ COMPILE = textwrap.dedent(
     from lpln_autopatch.backends.fused import kernels, launch
 
     TYPES = dict(
-        x="*bf16", weight="*fp32", bias="*fp64", y="*bf16", dy="*bf16", dx="*bf16",
-        kept="*bf16", statistics="*fp32", partials="*fp32", dweight="*fp32", dbias="*fp64",
+        x="*bf16", weight="*fp32", bias="*fp32", y="*bf16", dy="*bf16", dx="*bf16",
+        kept="*bf16", statistics="*fp32", partials="*fp32", dweight="*fp32", dbias="*fp32",
         eps="fp32",
     )
 

@@ -87,6 +87,10 @@ def test_wrapper_of_somebody_else_on_top_survives(theirs, layer_norm):
             lpln.disable()  # spliced out from beneath theirs
         else:
             message = r"LayerNorm\.forward was wrapped by"
+            with pytest.warns(RuntimeWarning, match=message) as caught, lpln.enable():
+                pass
+            assert caught[0].filename == __file__
+            lpln.enable()
             with pytest.warns(RuntimeWarning, match=message) as caught:
                 lpln.disable()
             assert caught[0].filename == __file__

@@ -230,6 +230,14 @@ def test_nothing_is_left_behind(active):
         assert model[0](torch.randn(4, 8)).dtype is (BF16 if active else FP32)
 
 
+@pytest.mark.filterwarnings("ignore::lpln_autopatch.NoEffectWarning")
+def test_no_wrapper_is_left_by_a_report_inside_a_block_that_lowers_nothing():
+    """fp32 names the norms, too, and needs no wrapper of them."""
+    with lpln_autopatch.low_precision_layernorm("fp32"):
+        report(torch.nn.LayerNorm(8), torch.randn(4, 8))
+        assert not lpln_autopatch.status().installed
+
+
 @needs_always_called_hooks
 @pytest.mark.filterwarnings("error")
 def test_model_may_catch_what_a_part_of_it_raises():

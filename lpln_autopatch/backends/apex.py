@@ -56,7 +56,7 @@ def load_lean() -> Backend:
 def _find() -> Path:
     """The folder of NVIDIA apex, which has its CUDA extension."""
     apex = find_spec("apex")
-    if apex is None:
+    if apex is None or apex.origin is None:  # or a folder of that name, as a clone is
         raise ImportError(f"NVIDIA apex is not installed. {_BUILD}")
     # Not by importing it: the other project needs packages of its own.
     normalization = PathFinder.find_spec("apex.normalization", apex.submodule_search_locations)

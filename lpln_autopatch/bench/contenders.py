@@ -16,6 +16,7 @@ from lpln_autopatch import low_precision_layernorm
 from lpln_autopatch.bench.recipe import ComposerGroupNorm
 from lpln_autopatch.bench.results import short
 from lpln_autopatch.exemption import MARK
+from lpln_autopatch.request import parse_norms
 
 _Passed = TypeVar("_Passed")
 
@@ -76,8 +77,10 @@ class Contender:
         """
         classes: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
         if self.layer_norm is not None:
-            classes[torch.nn.LayerNorm] = self.layer_norm
-            if self.norms == "all":
+            named = parse_norms(self.norms)
+            if "layer_norm" in named:
+                classes[torch.nn.LayerNorm] = self.layer_norm
+            if "group_norm" in named:
                 classes[torch.nn.GroupNorm] = ComposerGroupNorm
         # Subclasses too, as Composer's surgery does.
         norms = (m for m in module.modules() if isinstance(m, tuple(classes)))

@@ -61,11 +61,15 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
         emulated.add_device()
         cases = _cases(options, rows)
         progress.expect(len(cases), len(cases))
+        expected = bool(cases)
         while cases:
             case, entry, model, dtype = cases.pop(0)
             progress.case(case["model"], case["mode"], case["autocast"])
             rows += _count(case, entry, model, dtype)
             progress.update()
+        if expected and not any(row.figures for row in rows):
+            last = rows[-1]
+            raise zoo.WrongModel(f"{last.case['model']} cannot be counted: {last.reason}")
     except (MissingPart, zoo.WrongModel) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from error
@@ -117,7 +121,7 @@ def _count(
 
     passed, reasons = sift(contenders(mode, entry.norms), check)
     if STOCK not in passed:
-        raise zoo.WrongModel(f"{case['model']} cannot be counted: {reasons[STOCK]}")
+        return [Row(case, STOCK.name, reason=reasons[STOCK])]
     for figures in passed.values():
         for what in ("kept", "moved", "peak", "least_ms"):
             if figures.get(what):

@@ -17,6 +17,7 @@ from lpln_autopatch import disable
 from lpln_autopatch.bench.call import RECIPE, Layer
 from lpln_autopatch.bench.contenders import Contender
 from lpln_autopatch.bench.suites import Parser, at_least, usable_device
+from lpln_autopatch.torch_compat import forget_compiled_code
 
 CONTENDERS = (Contender("stock"), RECIPE, Contender("lowered", backend="native"))
 COLUMNS = ("output", "grad x", "grad weight", "grad bias")
@@ -42,7 +43,7 @@ def main() -> None:
             print(f"  {'':18}" + "".join(f"{column:>14}" for column in COLUMNS))
             run: Any = layer.module
             if args.compiled:
-                torch._dynamo.reset()
+                forget_compiled_code()
                 run = torch.compile(run)
             for contender in CONTENDERS:
                 errors = layer.errors(contender, run)[1].values()

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import math
 import statistics
+import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -65,6 +66,11 @@ def contenders(options: Namespace) -> list[Contender]:
 def run(options: Namespace, progress: Progress) -> list[Row]:
     """Train all from every seed, on every task, in every autocast dtype."""
     every = tasks(options)
+    known = {n for _, task, dtype in every for n, _ in task(dtype, 0).model.named_modules()}
+    for name in options.exempt or ():
+        if name not in known:
+            print(f"--exempt {name}: no model here has a module of that name", file=sys.stderr)
+            raise SystemExit(2)
     cost = len(contenders(options)) * sum(case["seeds"] * case["steps"] for case, _, _ in every)
     progress.expect(len(every), cost)
     rows: list[Row] = []
@@ -89,7 +95,7 @@ def tasks(options: Namespace) -> list[tuple[dict[str, Any], Callable[..., Any], 
         shorter = options.steps or (20 if options.quick else 500)
         kinds += [
             ("digits", partial(digits, options.lr or 2e-3), d, shorter)
-            for d in (torch.bfloat16, torch.float16)
+            for d in options.dtypes or (torch.bfloat16, torch.float16)
         ]
     return [
         (
@@ -109,19 +115,18 @@ def measure(
     progress: Progress,
 ) -> list[Row]:
     """Train all contenders from every seed of `case`."""
-    exempted = options.exempt or ()
 
     def learn(contender: Contender) -> tuple[list[list[float]], dict[str, Figure]]:
         autocast = torch.float32 if contender is FLOAT32 else dtype
-        runs = []
+        runs, marked = [], False
         for seed in range(case["seeds"]):
             training = task(autocast, seed)
             for name, module in training.model.named_modules():
-                if name in exempted:
-                    exempt(module)
+                if name in (options.exempt or ()):
+                    marked = bool(exempt(module))
             runs.append(_train(training, contender, progress))
         given = set().union(*(run[1] for run in runs))
-        about: dict[str, Figure] = {"gives": contender.gives(given, dtype, bool(exempted))}
+        about: dict[str, Figure] = {"gives": contender.gives(given, dtype, marked)}
         about["gradient norm"] = statistics.fmean(run[2] for run in runs)
         about["skipped steps"] = sum(run[3] for run in runs)
         return [run[0] for run in runs], about

@@ -22,6 +22,7 @@ from importlib_metadata import PackageNotFoundError, version
 from lpln_autopatch import disable, status
 from lpln_autopatch.bench import results
 from lpln_autopatch.bench.timing import Progress
+from lpln_autopatch.request import parse_norms
 from lpln_autopatch.torch_compat import CAN_COUNT
 
 SUITES = {
@@ -58,10 +59,10 @@ def main(argv: Sequence[str]) -> int:
         above = ""
         if options.json:
             results.write_json(options.json, about, measured)
+        if options.plot:
+            heading = f"{about['date']}, {about['device']}, {about['versions']}\n{about['command']}"
+            results.plot(options.plot, f"{QUICK}\n" * options.quick + heading, measured)
     disable()
-    if options.plot:
-        heading = f"{about['date']}, {about['device']}, {about['versions']}\n{about['command']}"
-        results.plot(options.plot, f"{QUICK}\n" * options.quick + heading, measured)
     return 0
 
 
@@ -116,7 +117,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     add_for("call", "rounds", "rounds of timing, at least 2", type=at_least(2))
     add_for("loss", "steps", "steps of training, at least 20", type=at_least(20))
     add_for("loss", "seeds", "how many, at least 2", type=at_least(2))
-    add_for("loss", "lr", "learning rate (default: 0.001)", type=float)
+    add_for("loss", "lr", "learning rate (default: 0.001, under --policy 0.002)", type=float)
     add_for("loss", "exempt", "modules that stay stock", nargs="+", metavar="NAME")
     add_for("loss", "policy", "under CUDA's autocast lists, on the CPU", choices=["cuda"])
     options = parser.parse_args(argv)
@@ -140,6 +141,10 @@ def _refuse_suites(parser: Parser, options: Namespace, suite_of: dict[str, str])
         CAN_COUNT and options.device == "cpu" and options.suites == ["loss"]
     ):
         parser.error("--policy is for loss alone, --device cpu, and torch 2.13 or later")
+    try:
+        parse_norms(options.norms or "all")
+    except ValueError as error:
+        parser.error(str(error))
     for option, suite in suite_of.items():
         if getattr(options, option) and suite not in options.suites:
             parser.error(f"--{option} is for {suite}, not for {' and '.join(options.suites)}")
@@ -161,14 +166,15 @@ def _refuse_files(parser: Parser, options: Namespace) -> None:
 def usable_device(name: str) -> torch.device:
     """The device of that name. Exits with one line if there is none, or LayerNorm is patched."""
     try:
-        torch.empty(0, device=name).cpu()
+        device = torch.empty(0, device=name).device  # with its index
+        torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
     if status().installed:
         sys.exit("LPLN_PRECISION is set: unset it, the benchmark turns low precision on itself.")
     if os.environ.get("LPLN_BACKEND"):
-        sys.exit("LPLN_BACKEND is set: unset it, the benchmark measures every backend.")
-    return torch.device(name)
+        sys.exit("LPLN_BACKEND is set: unset it, the benchmark chooses the backends itself.")
+    return device
 
 
 def refuse_without_extra(options: Namespace) -> None:
@@ -177,9 +183,8 @@ def refuse_without_extra(options: Namespace) -> None:
     needed += ["matplotlib"] * bool(options.plot) + ["sklearn"] * bool(options.policy)
     missing = [name for name in needed if find_spec(name) is None]
     message = f"not installed: {', '.join(missing)}. pip install 'lpln_autopatch[bench]'"
-    if (
-        missing and "count" in options.suites
-    ):  # whatever count lacks, a model or its library, is a 2
+    # Whatever count lacks, a model or its library, is a 2.
+    if missing and "count" in options.suites:
         print(message, file=sys.stderr)
         sys.exit(2)
     if missing:

@@ -69,7 +69,7 @@ def normalise(
     arguments = x, len(normalized_shape), weight, bias, eps, dtype
     y: Tensor
     if autograd.wants_gradient(x, weight, bias):
-        keeps_xhat = x.dtype is torch.float32 and dtype is not torch.float32
+        keeps_xhat = x.dtype is torch.float32
         stand_in = autograd.stand_in_for(x) if keeps_xhat else None
         y = _FusedLayerNorm.apply(*arguments, keeps_xhat, stand_in)  # type: ignore[no-untyped-call]
     else:

@@ -15,7 +15,7 @@ from lpln_autopatch.backends.fused import kernels
 INTERPRETED: bool = kernels.INTERPRETED.value
 
 # Chosen by what compiles for compute capability 9.0 without spilling registers (except backward
-# beyond 8192 features, where that costs less than a second pass). To be measured on a GPU.
+# from 8192 features on, where that costs less than a second pass). To be measured on a GPU.
 _ONE_BLOCK = 16384  # longest row that is held in registers
 _TILE = 2048  # elements of a tile of several short rows
 _LOOPED_FORWARD, _LOOPED_BACKWARD = (1, 8192), (4, 2048)  # rows and features of a tile of long ones
