@@ -122,7 +122,7 @@ def plot(file: Path, heading: str, suites: Mapping[str, list[Row]]) -> None:
             for what in [*shown, *["curves"] * bool(row.curves)]:
                 title = f"{suite}: {row.title if what == 'curves' else what}"
                 panels.setdefault((title, what), []).append(row)
-    heights = [max(3.0, 1 + 0.4 * len({row.title for row in rows})) for rows in panels.values()]
+    heights = [max(3.0, 1 + 0.25 * len({row.title for row in rows})) for rows in panels.values()]
     figure = Canvas(figsize=(12, sum(heights, 1.0)), layout="constrained")
     figure.suptitle(heading, fontsize="small")
     grid = figure.subplots(max(1, len(panels)), squeeze=False, height_ratios=heights or None)
