@@ -9,7 +9,7 @@ from support import needs_dynamo, run_python
 
 PROGRAM = """
 import torch
-model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.GroupNorm(2, 8))
+model = torch.nn.Sequential(torch.nn.GroupNorm(2, 8), torch.nn.LayerNorm(8))
 x = torch.randn(4, 8)
 model(x)
 with torch.autocast("cpu", dtype=torch.bfloat16):
