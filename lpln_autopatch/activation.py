@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("lpln_autopatch")
 _F = TypeVar("_F", bound=Callable[..., Any])
-_M = TypeVar("_M", bound="torch.nn.Module")
+_Module = TypeVar("_Module", bound="torch.nn.Module")
 
 
 def enable(
@@ -133,7 +133,7 @@ class low_precision_layernorm(contextlib.ContextDecorator):
         state.leave(entry[1])
 
 
-def exempt(module: _M, exempt: bool = True) -> _M:
+def exempt(module: _Module, exempt: bool = True) -> _Module:
     """Keep `module`, and every module that is inside it now, as PyTorch has it.
 
     For the final norm of a model that spikes. It covers whatever the forward of the module calls,
