@@ -1,22 +1,32 @@
-"""How Dynamo is told that the wrappers are to be traced."""
+"""How Dynamo is told to trace the wrappers, and to compile anew what a switch outdated."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import threading
 import types
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import wrapt
 
-from lpln_autopatch.torch_compat import DYNAMO_TRACES_NORMS
+from lpln_autopatch.torch_compat import DYNAMO_TRACES_NORMS, never_a_frame_of_its_own
 
 # Its own, and held for nothing else: Dynamo is not to be told under the lock of state.py.
 _telling = threading.RLock()
 _told = False
+
+# Code that was traced through a wrapper is guarded on it. A string, because Dynamo may make a
+# symbol of an integer that changes.
+_generation = "0"
+_switched = False  # Whether another thread changed something while this compilation ran.
+_wrappers: weakref.WeakSet[types.FunctionType] = weakref.WeakSet()
+# Dynamo knows a code object by its address. Kept, so that no other one gets that.
+_outdated: list[types.CodeType] = []
 
 
 def trace_through(wrappers: Mapping[str, Callable[..., Any]]) -> None:
@@ -46,6 +56,7 @@ def trace_through(wrappers: Mapping[str, Callable[..., Any]]) -> None:
             dynamo.trace_rules.get_torch_obj_rule_map.cache_clear()
             for wrapper in wrappers.values():
                 torch.compiler.substitute_in_graph(wrapper)(_without_defaults(wrapper))
+                outdated_by_a_switch(wrapper)
 
     if "torch._dynamo" in sys.modules:
         tell(importlib.import_module("torch._dynamo"))  # waits for a thread that is importing it
@@ -58,6 +69,66 @@ def _without_defaults(function: Callable[..., Any]) -> Callable[..., Any]:
     copy = types.FunctionType(code, function.__globals__, function.__name__, defaults)
 
     def traced(*args: Any, **kwargs: Any) -> Any:
+        guard_on_generation()
         return copy(*args, **kwargs)
 
     return traced
+
+
+def outdated_by_a_switch(wrapper: Any) -> None:
+    """Have code compiled anew in which `wrapper` is missing because it was put on meanwhile."""
+    _wrappers.add(wrapper)
+
+
+def guard_on_generation() -> bool:
+    """For code that Dynamo traces through a wrapper: it guards on what it compares."""
+    return _generation == ""
+
+
+@contextlib.contextmanager
+def switch() -> Iterator[None]:
+    """A change of what is in force. What another thread compiles meanwhile is compiled anew.
+
+    Dynamo traces first, and reads the values that it guards on after the backend has compiled. So
+    code that was traced before the change would be guarded as if it had been traced after it.
+
+    No compilation begins during the change. One that runs is not waited for.
+    """
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if not DYNAMO_TRACES_NORMS or not hasattr(dynamo, "convert_frame"):
+        yield
+        return
+    # Reentrant: what a compilation changes in its own thread it changes back.
+    alone = dynamo.convert_frame.compile_lock.acquire(blocking=False)
+    if not alone:
+        _outdate_after_compilation(dynamo.callback_handler)
+    try:
+        yield
+    finally:
+        if alone:
+            dynamo.convert_frame.compile_lock.release()
+        else:  # that one may have ended, and the next one begun before the change
+            _outdate_after_compilation(dynamo.callback_handler)
+
+
+def _outdate_after_compilation(handler: Any) -> None:
+    global _switched
+    _switched = True
+    if _end_of_compilation not in handler.end_callbacks:  # `torch.compiler.reset` forgets it
+        handler.register_end_callback(_end_of_compilation)
+
+
+def _end_of_compilation(*args: object) -> None:
+    # Dynamo holds locks while it calls this.
+    global _generation, _switched
+    if not _switched:
+        return
+    _switched = False
+    _generation = str(int(_generation) + 1)
+    # Code that was traced with no wrapper on is guarded on the code object of the function.
+    for wrapper in _wrappers:
+        _outdated.append(wrapper.__code__)
+        wrapper.__code__ = wrapper.__code__.replace()
+
+
+never_a_frame_of_its_own(guard_on_generation)

@@ -33,20 +33,27 @@ class Lowering:
 
     Attributes:
         precision: Its name, for the warning when it does not engage.
-        dtypes: The autocast dtypes for which it engages.
-        norms: The names of the norms that are lowered.
+        dtypes: The autocast dtypes for which it engages; twice the same if it is one.
+        norms: The names of the norms that are lowered, separated by commas; "" lowers none.
         backend: What normalises a LayerNorm.
     """
 
+    # Dynamo reads the values for its guards after it has compiled, and another thread may have put
+    # another Lowering there by then. So what traced code reads has one shape in all of them.
+
     precision: str
     dtypes: tuple[torch.dtype, ...]
-    norms: tuple[str, ...]
+    norms: str
     backend: Backend
+
+
+INACTIVE = Lowering("", (torch.float16, torch.bfloat16), "", native.normalise)
+"""While no precision is active."""
 
 
 # A plain global, because Dynamo guards on one: compiled code follows every change, and keeps
 # the lowered and the stock variant side by side. Reading a ContextVar would break the graph.
-active: Lowering | None = None
+active: Lowering = INACTIVE
 
 
 def decide(lowering: Lowering, norm: str, x: object, weight: Tensor | None) -> torch.dtype | str:

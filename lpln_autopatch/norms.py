@@ -19,6 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic  
 
 from lpln_autopatch import forward
 from lpln_autopatch.backends import native
+from lpln_autopatch.dynamo import guard_on_generation, outdated_by_a_switch
 from lpln_autopatch.exemption import BENEATH, MARK, run_stock
 from lpln_autopatch.forward import decide, run_backend
 from lpln_autopatch.torch_compat import (
@@ -38,7 +39,7 @@ _rms_norm: Callable[..., Tensor] = getattr(F, "rms_norm", F.layer_norm)
 
 def layer_norm_forward(self: torch.nn.LayerNorm, input: Tensor) -> Tensor:
     # LayerNorm.forward calls the function, which lowers. The method knows the module.
-    if forward.active is None or MARK not in self.__dict__:
+    if not forward.active.norms or MARK not in self.__dict__:
         return _forward(self, input)
     y: Tensor = run_stock("exempt", _forward, self, input)
     return y
@@ -52,7 +53,7 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     lowering = forward.active
-    if lowering is not None:
+    if lowering.norms:
         dtype = decide(lowering, "layer_norm", input, weight)
         if not isinstance(dtype, str):
             return run_backend(lowering, input, normalized_shape, weight, bias, eps, dtype)
@@ -67,7 +68,7 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     lowering = forward.active
-    if lowering is not None:
+    if lowering.norms:
         dtype = decide(lowering, "group_norm", input, weight)
         if not isinstance(dtype, str):
             # PyTorch's function, not the operator: it checks the input.
@@ -82,7 +83,7 @@ def rms_norm(
     eps: float | None = None,
 ) -> Tensor:
     lowering = forward.active
-    if lowering is not None:
+    if lowering.norms:
         dtype = decide(lowering, "rms_norm", input, weight)
         if not isinstance(dtype, str):
             # PyTorch's default is that of the dtype in which it computes: under CUDA's autocast,
@@ -133,6 +134,7 @@ class Target:
             wrapper = self.wrapper
         else:
             wrapper = traced_like_torchs_own(_over_a_foreign_one(self, original), self.module)
+            outdated_by_a_switch(wrapper)
         return functools.wraps(original)(wrapper)
 
 
@@ -155,8 +157,9 @@ def _over_a_foreign_one(target: Target, original: Any) -> Callable[..., Any]:
     call = original if callable(original) else functools.partial(_call_bound, original)
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        guard_on_generation()
         lowering = forward.active
-        if lowering is None:
+        if not lowering.norms:
             return call(*args, **kwargs)
         if position and MARK in args[0].__dict__:
             return run_stock("exempt", call, *args, **kwargs)

@@ -75,6 +75,11 @@ PRIVATE_NAMES = {
         Name("torch._dynamo.trace_rules.torch_name_rule_map", since=(2, 5)),
         Name("torch._dynamo.trace_rules.get_torch_obj_rule_map", since=(2, 5)),
     ],
+    "None: torch.compiler says nobody that a compilation runs, or ends.": [
+        Name("torch._dynamo.convert_frame.compile_lock", since=(2, 5)),
+        Name("torch._dynamo.callback_handler.end_callbacks", since=(2, 5)),
+        Name("torch._dynamo.callback_handler.register_end_callback", since=(2, 5)),
+    ],
     "torch.compiler.config, once it has this setting.": [
         Name("torch._dynamo.config.trace_autograd_ops", since=(2, 13)),
     ],

@@ -207,7 +207,9 @@ class _Recorder:
 
 
 def _decide(lowering: Any, norm: str, x: object, weight: Any) -> torch.dtype | str:
-    return forward.decide(lowering, norm, x, weight) if lowering else "no precision is active"
+    if not lowering.norms:
+        return "no precision is active"
+    return forward.decide(lowering, norm, x, weight)
 
 
 def _first_tensor(value: object) -> Tensor | None:

@@ -54,8 +54,9 @@ class Request:
         parsed = Precision.parse(precision, argument)
         named = parse_norms(norms)
         name, normalise = backends.resolve(backend, parsed)
-        dtypes = tuple(d for d in (torch.float16, torch.bfloat16) if parsed.engages(d))
-        lowering = forward.Lowering(str(parsed), dtypes, named, normalise)
+        dtypes = [d for d in (torch.float16, torch.bfloat16) if parsed.engages(d)]
+        pair = tuple(dtypes * 2)[:2]
+        lowering = forward.Lowering(str(parsed), pair, ",".join(named), normalise)
         return cls(parsed, name, named, source, lowering)
 
     @classmethod

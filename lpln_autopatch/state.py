@@ -161,11 +161,12 @@ def _change(warn: bool = True) -> Iterator[None]:
     import torch  # noqa: F401  # with LPLN_PRECISION set, importing it makes a change of its own
 
     from lpln_autopatch import torch_compat
+    from lpln_autopatch.dynamo import switch
 
     patches = _patches()
     patches.prepare()
     drop, left = False, []
-    with _lock:
+    with switch(), _lock:
         _open_changes += 1
         _revision += 1
         try:
@@ -190,7 +191,8 @@ def _set_active() -> bool:
     from lpln_autopatch import forward
 
     request = current()
-    lowering = request.lowering if request is not None and request.precision.ever_engages else None
+    engages = request is not None and request.precision.ever_engages
+    lowering = request.lowering if request is not None and engages else forward.INACTIVE
     changed = lowering != forward.active
     forward.active = lowering
     return changed

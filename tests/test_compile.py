@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+import threading
 import warnings
 
 import pytest
@@ -386,6 +387,104 @@ def test_enabling_again_drops_only_what_could_be_stale(model, compile_and_count)
     assert output_dtype(compiled) is BF16
     lpln.disable()
     torch._dynamo.reset()
+    assert output_dtype(compiled) is FP32
+    lpln.enable()
+    assert output_dtype(compiled) is BF16
+
+
+def norm_with_pauses(in_the_backend, before_the_norm=None):
+    """A compiled norm. While it is first compiled, another thread runs what is given."""
+    pauses = {"backend": in_the_backend, "trace": before_the_norm}
+    norm = torch.nn.LayerNorm(8)
+
+    @torch._dynamo.assume_constant_result
+    def pause(where: str) -> None:
+        function = pauses.pop(where, None)
+        if function is not None:
+            thread = threading.Thread(target=function)
+            thread.start()
+            thread.join(60)
+
+    def backend(graph, inputs):
+        pause("backend")
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def call(x):
+        pause("trace")
+        return norm(x)
+
+    return torch.compile(call, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("before", "meanwhile"),
+    [
+        (["enable"], "disable"),
+        ([], "enable"),
+        (["enable", "disable"], "enable"),
+        (["enter"], "leave"),
+        (["enter", "leave"], "enter"),
+        (["enable amp"], "enable"),
+        (["enable group_norm"], "enable"),
+        (["enable", "forget"], "disable"),
+    ],
+)
+def test_code_compiled_during_a_later_switch_follows_from_then_on(before, meanwhile):
+    """The norm was traced before the switch, and Dynamo makes its guards after it."""
+    block = low_precision_layernorm("bf16")
+    switch = {
+        "enable": lambda: lpln.enable("bf16"),
+        "enable amp": lambda: lpln.enable("amp"),
+        "enable group_norm": lambda: lpln.enable("bf16", norms="group_norm"),
+        "disable": lpln.disable,
+        "forget": torch.compiler.reset,  # it also forgets who wants to be told of compilations
+        "enter": block.__enter__,
+        "leave": lambda: block.__exit__(None, None, None),
+    }
+    for what in before:
+        switch[what]()
+    compiled = norm_with_pauses(switch[meanwhile])
+    output_dtype(compiled)  # of this call alone, either dtype is right
+    assert output_dtype(compiled) is (FP32 if meanwhile in ("disable", "leave") else BF16)
+    if meanwhile == "enter":
+        switch["leave"]()
+    for what in ("disable", "enable", "disable", "enable"):
+        switch[what]()
+        assert output_dtype(compiled) is {"enable": BF16, "disable": FP32}[what]
+
+
+def test_a_block_in_the_backend_itself_outdates_nothing():
+    """What the compiling thread changes and changes back is no switch: one compilation does."""
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        with low_precision_layernorm("bf16"):
+            return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    with low_precision_layernorm("amp"):  # which puts the wrappers on
+        pass
+    compiled = torch.compile(torch.nn.LayerNorm(8), backend=backend)
+    assert [output_dtype(compiled) for _ in range(3)] == [FP32] * 3
+    assert len(compilations) == 1
+
+
+def test_code_compiled_while_another_patchers_function_is_wrapped_follows(monkeypatch):
+    """The wrapper that enable() puts over a function that is not torch's own is made for it."""
+    torchs_own = torch.nn.functional.layer_norm
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda *args: torchs_own(*args))
+    compiled = norm_with_pauses(lambda: lpln.enable("bf16"))
+    output_dtype(compiled)
+    assert output_dtype(compiled) is BF16
+    lpln.disable()
+    assert output_dtype(compiled) is FP32
+
+
+def test_a_block_of_another_thread_within_a_compilation_leaves_no_trace():
+    """Entered before the norm is traced, left before Dynamo makes its guards: stock afterwards."""
+    block = low_precision_layernorm("bf16")
+    compiled = norm_with_pauses(lambda: block.__exit__(None, None, None), block.__enter__)
+    output_dtype(compiled)
     assert output_dtype(compiled) is FP32
     lpln.enable()
     assert output_dtype(compiled) is BF16
