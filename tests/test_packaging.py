@@ -69,6 +69,14 @@ def test_installed_package_is_what_is_tested():
     assert found.strip() == lpln_autopatch.__file__
 
 
+def test_metadata_is_read_with_importlib_metadata():
+    """One way of reading metadata: no module takes the standard library's."""
+    for path in (ROOT / "lpln_autopatch").rglob("*.py"):
+        assert not re.search(r"importlib\.metadata|importlib import metadata", path.read_text()), (
+            path
+        )
+
+
 def test_files_stay_short():
     """A package that is read in an hour: no file of 250 lines or more."""
     for path in (ROOT / "lpln_autopatch").rglob("*.py"):
