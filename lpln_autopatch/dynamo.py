@@ -24,7 +24,7 @@ _told = False
 # symbol of an integer that changes.
 _generation = "0"
 _switched = False  # Whether another thread changed something while this compilation ran.
-_wrappers: weakref.WeakSet[types.FunctionType] = weakref.WeakSet()
+_wrappers: list[weakref.ref[types.FunctionType]] = []  # a list: threads may append meanwhile
 # Dynamo knows a code object by its address. Kept, so that no other one gets that.
 _outdated: list[types.CodeType] = []
 
@@ -77,7 +77,7 @@ def _without_defaults(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def outdated_by_a_switch(wrapper: Any) -> None:
     """Have code compiled anew in which `wrapper` is missing because it was put on meanwhile."""
-    _wrappers.add(wrapper)
+    _wrappers.append(weakref.ref(wrapper))
 
 
 def guard_on_generation() -> bool:
@@ -87,35 +87,32 @@ def guard_on_generation() -> bool:
 
 @contextlib.contextmanager
 def switch() -> Iterator[None]:
-    """A change of what is in force. What another thread compiles meanwhile is compiled anew.
+    """Around a change of what is traced. What another thread compiles meanwhile is compiled anew.
 
     Dynamo traces first, and reads the values that it guards on after the backend has compiled. So
     code that was traced before the change would be guarded as if it had been traced after it.
-
-    No compilation begins during the change. One that runs is not waited for.
     """
-    dynamo: Any = sys.modules.get("torch._dynamo")
-    if not DYNAMO_TRACES_NORMS or not hasattr(dynamo, "convert_frame"):
-        yield
-        return
-    # Reentrant: what a compilation changes in its own thread it changes back.
-    alone = dynamo.convert_frame.compile_lock.acquire(blocking=False)
-    if not alone:
-        _outdate_after_compilation(dynamo.callback_handler)
+    _outdate_what_another_thread_compiles()
     try:
         yield
-    finally:
-        if alone:
-            dynamo.convert_frame.compile_lock.release()
-        else:  # that one may have ended, and the next one begun before the change
-            _outdate_after_compilation(dynamo.callback_handler)
+    finally:  # that one may have ended, and the next one begun before the change
+        _outdate_what_another_thread_compiles()
 
 
-def _outdate_after_compilation(handler: Any) -> None:
+def _outdate_what_another_thread_compiles() -> None:
     global _switched
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if not DYNAMO_TRACES_NORMS or not hasattr(dynamo, "convert_frame"):
+        return
+    # Nobody waits for a compilation. A thread that compiles has its own lock, and changes back
+    # what it changes.
+    if dynamo.convert_frame.compile_lock.acquire(blocking=False):
+        dynamo.convert_frame.compile_lock.release()
+        return
     _switched = True
-    if _end_of_compilation not in handler.end_callbacks:  # `torch.compiler.reset` forgets it
-        handler.register_end_callback(_end_of_compilation)
+    callbacks = dynamo.callback_handler
+    if _end_of_compilation not in callbacks.end_callbacks:  # `torch.compiler.reset` forgets it
+        callbacks.register_end_callback(_end_of_compilation)
 
 
 def _end_of_compilation(*args: object) -> None:
@@ -126,7 +123,7 @@ def _end_of_compilation(*args: object) -> None:
     _switched = False
     _generation = str(int(_generation) + 1)
     # Code that was traced with no wrapper on is guarded on the code object of the function.
-    for wrapper in _wrappers:
+    for wrapper in filter(None, (reference() for reference in _wrappers)):
         _outdated.append(wrapper.__code__)
         wrapper.__code__ = wrapper.__code__.replace()
 

@@ -14,7 +14,7 @@ import wrapt
 
 from lpln_autopatch import checkpointing
 from lpln_autopatch.checkpointing import Block
-from lpln_autopatch.dynamo import trace_through
+from lpln_autopatch.dynamo import switch, trace_through
 from lpln_autopatch.norms import NAMES, TARGETS, is_torchs_own
 
 if not hasattr(wrapt, "wrapper_chain"):
@@ -52,14 +52,16 @@ class Patch:
         if not self.wrappers:
             self.bottom = chain[-1]
         # wrapt's annotation asks for a proxy; its documentation for "a new object".
-        wrapper = wrapt.wrap_object(self.module, self.path, self.factory)  # type: ignore[arg-type]
+        with switch():
+            wrapper = wrapt.wrap_object(self.module, self.path, self.factory)  # type: ignore[arg-type]
         self.wrappers.append(wrapper)
         return True
 
     def remove(self) -> str | None:
         """Take the wrapper off, or leave it where somebody else has wrapped it, and say that."""
         for wrapper in reversed(self.wrappers[:]):
-            with contextlib.suppress(wrapt.WrapperNotFoundError, wrapt.WrapperNotOutermostError):
+            not_there = wrapt.WrapperNotFoundError, wrapt.WrapperNotOutermostError
+            with contextlib.suppress(*not_there), switch():
                 wrapt.unwrap_object(self.module, self.path, wrapper)
                 self.wrappers = [w for w in self.wrappers if w is not wrapper]
         self._forget_what_is_gone()

@@ -161,12 +161,11 @@ def _change(warn: bool = True) -> Iterator[None]:
     import torch  # noqa: F401  # with LPLN_PRECISION set, importing it makes a change of its own
 
     from lpln_autopatch import torch_compat
-    from lpln_autopatch.dynamo import switch
 
     patches = _patches()
     patches.prepare()
     drop, left = False, []
-    with switch(), _lock:
+    with _lock:
         _open_changes += 1
         _revision += 1
         try:
@@ -189,10 +188,13 @@ def _change(warn: bool = True) -> Iterator[None]:
 def _set_active() -> bool:
     """Make the hot path follow what is recorded, and say whether that has changed it."""
     from lpln_autopatch import forward
+    from lpln_autopatch.dynamo import switch
 
     request = current()
     engages = request is not None and request.precision.ever_engages
     lowering = request.lowering if request is not None and engages else forward.INACTIVE
-    changed = lowering != forward.active
-    forward.active = lowering
-    return changed
+    if lowering == forward.active:
+        return False
+    with switch():
+        forward.active = lowering
+    return True

@@ -453,19 +453,28 @@ def test_code_compiled_during_a_later_switch_follows_from_then_on(before, meanwh
         assert output_dtype(compiled) is {"enable": BF16, "disable": FP32}[what]
 
 
-def test_a_block_in_the_backend_itself_outdates_nothing():
-    """What the compiling thread changes and changes back is no switch: one compilation does."""
+@pytest.mark.parametrize("thread", ["the compiling one", "another"])
+def test_what_changes_nothing_outdates_nothing(thread):
+    """A block of the compile backend, or another thread's block of what is in force already."""
     compilations = []
+
+    def in_a_block():
+        with low_precision_layernorm("bf16"):
+            pass
 
     def backend(graph, inputs):
         compilations.append(graph)
-        with low_precision_layernorm("bf16"):
-            return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        if thread == "another":
+            switching = threading.Thread(target=in_a_block)
+            switching.start()
+            switching.join(60)
+        else:
+            in_a_block()
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    with low_precision_layernorm("amp"):  # which puts the wrappers on
-        pass
+    lpln.enable("bf16" if thread == "another" else "amp")
     compiled = torch.compile(torch.nn.LayerNorm(8), backend=backend)
-    assert [output_dtype(compiled) for _ in range(3)] == [FP32] * 3
+    assert [output_dtype(compiled) for _ in range(3)] == [BF16] * 3
     assert len(compilations) == 1
 
 
