@@ -16,7 +16,7 @@ import importlib_metadata
 import pytest
 import torch
 import wrapt
-from support import AUTOCAST_DTYPES, output_dtype, run_python
+from support import AUTOCAST_DTYPES, autocast, output_dtype, run_python
 
 import lpln_autopatch as lpln
 from lpln_autopatch import NoEffectWarning, low_precision_layernorm
@@ -62,6 +62,21 @@ def test_block_lowers_inside_only(layer_norm):
     assert not lpln.status().installed
 
 
+def test_enable_may_be_used_as_a_block(layer_norm):
+    """`with enable():` lowers, and calls disable() at its end, whatever raises inside."""
+
+    def run() -> None:
+        with lpln.enable("bf16"):
+            assert output_dtype(layer_norm) is BF16
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        run()
+    assert lpln.status().precision is None
+    assert not lpln.status().installed
+    assert output_dtype(layer_norm) is FP32
+
+
 def test_innermost_block_wins(layer_norm):
     """Blocks nest, go before the base, and give back what they found."""
     lpln.enable("amp")
@@ -77,6 +92,21 @@ def test_block_ends_with_an_exception(layer_norm):
     """An exception closes the block and is not swallowed."""
     with pytest.raises(KeyError), low_precision_layernorm():
         raise KeyError
+    assert output_dtype(layer_norm) is FP32
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_exception_behind_a_lowered_call_leaves_nothing_on(layer_norm, error):
+    """An error between forward and the end of a block, Ctrl-C included, closes the block."""
+
+    def interrupt(*arguments: object) -> None:
+        raise error
+
+    handle = layer_norm.register_forward_hook(interrupt)
+    with pytest.raises(error), low_precision_layernorm("bf16"), autocast():
+        layer_norm(torch.randn(4, 8))
+    handle.remove()
+    assert lpln.status().precision is None
     assert output_dtype(layer_norm) is FP32
 
 

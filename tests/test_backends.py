@@ -9,11 +9,18 @@ import textwrap
 
 import pytest
 import torch
-from support import autocast, output_dtype, run_python
+from support import A_ROUTE, autocast, output_dtype, run_python
 
 import lpln_autopatch as lpln
-from lpln_autopatch import NoEffectWarning, Precision, backends, torch_compat
+from lpln_autopatch import (
+    NoEffectWarning,
+    Precision,
+    backends,
+    low_precision_layernorm,
+    torch_compat,
+)
 from lpln_autopatch.backends import apex, native
+from lpln_autopatch.torch_compat import autocast_dtype
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -317,3 +324,122 @@ def test_precision_is_checked_with_the_backend(layer_norm):
     with pytest.warns(NoEffectWarning):
         lpln.enable("fp32", backend="native")
     assert output_dtype(layer_norm) is FP32
+
+
+def failing(*arguments: object) -> torch.Tensor:
+    raise KeyError("from the backend")
+
+
+@pytest.fixture
+def failing_backend(monkeypatch):
+    """A backend that raises when it is called."""
+    monkeypatch.setitem(backends._BUILT_IN, "failing", lambda: failing)
+
+
+def test_exception_in_a_backend_passes_unchanged(layer_norm, failing_backend):
+    """It reaches the caller as it is; autocast and what is in force are as before the call."""
+    lpln.enable("bf16", backend="failing")
+    in_force = lpln.status()
+    with autocast():
+        with pytest.raises(KeyError, match="from the backend"):
+            layer_norm(torch.randn(4, 8))
+        assert autocast_dtype("cpu") is BF16
+        assert lpln.status() == in_force
+        with low_precision_layernorm("bf16", backend="native"):
+            assert layer_norm(torch.randn(4, 8)).dtype is BF16
+    assert output_dtype(lpln.exempt(torch.nn.LayerNorm(8))) is FP32
+
+
+@pytest.fixture
+def faulty_package(tmp_path):
+    """A folder with a distribution whose backends fail in different ways."""
+    (tmp_path / "raises_at_import.py").write_text("raise RuntimeError('no driver')")
+    (tmp_path / "not_a_function.py").write_text("normalise = 'a name'")
+    info = tmp_path / "faulty-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[lpln_autopatch.backends]\nraises = raises_at_import:normalise\n"
+        "constant = not_a_function:normalise\nmissing = no_such_module:normalise\n"
+    )
+    return str(tmp_path)
+
+
+FAULTS = {
+    "raises": "raises_at_import:normalise does not load: RuntimeError('no driver')",
+    "constant": "not_a_function:normalise is 'a name', not a function",
+    "missing": "no_such_module:normalise does not load: ModuleNotFoundError",
+}
+
+
+def test_backend_that_does_not_load_is_refused(faulty_package):
+    """enable() and a block say which and why, and what was in force before still is."""
+    code = """
+        import torch, lpln_autopatch
+        print(lpln_autopatch.status().precision)
+        lpln_autopatch.enable("bf16")
+        for name in ("raises", "constant", "missing"):
+            for ask in (lpln_autopatch.enable, lpln_autopatch.low_precision_layernorm):
+                try:
+                    ask("amp", backend=name)
+                except ImportError as error:
+                    print(error)
+        print(lpln_autopatch.status().precision, lpln_autopatch.status().backend)
+    """
+    result = run_python("-c", textwrap.dedent(code), PYTHONPATH=faulty_package)
+    first, *errors, last = result.stdout.splitlines()
+    assert (first, last) == ("None", "amp_bf16 native")
+    assert len(errors) == 6
+    for name, error in zip([n for n in FAULTS for _ in range(2)], errors, strict=True):
+        assert FAULTS[name] in error
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_variable_with_a_backend_that_does_not_load_stops_the_process(faulty_package, name):
+    """LPLN_BACKEND names it: no stock run, one message with the reason."""
+    environment = {**A_ROUTE, "PYTHONPATH": f"{A_ROUTE['PYTHONPATH']}:{faulty_package}"}
+    code = "import torch; print('ran')"
+    result = run_python(
+        "-c", code, check=False, LPLN_PRECISION="amp", LPLN_BACKEND=name, **environment
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert FAULTS[name] in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("lpln_autopatch: ")
+
+
+NORMS_DTYPE = """
+def dtype():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return str(torch.nn.LayerNorm(8)(torch.randn(4, 8)).dtype)
+"""
+
+
+@pytest.mark.parametrize("package", [False, True])
+def test_backend_that_imports_torch_may_be_imported_first(tmp_path, package):
+    """LPLN_BACKEND names a module whose first line is `import torch`: it is loaded when called.
+
+    Imported before torch, it is only half there when the variable is read.
+    """
+    home = tmp_path / "half" if package else tmp_path
+    home.mkdir(exist_ok=True)
+    (tmp_path / "half" / "__init__.py" if package else tmp_path / "half.py").write_text(
+        "import torch\ncalls = []\n"
+        "def normalise(x, shape, weight, bias, eps, dtype):\n"
+        "    calls.append(eps)\n"
+        "    return torch.layer_norm(x, shape, weight, bias, eps).to(dtype)\n"
+        "not_a_function = 0\n"
+    )
+    (tmp_path / "half-1.0.dist-info").mkdir()
+    (tmp_path / "half-1.0.dist-info" / "METADATA").write_text("Name: half\nVersion: 1.0\n")
+    (tmp_path / "half-1.0.dist-info" / "entry_points.txt").write_text(
+        "[lpln_autopatch.backends]\nhalf = half:normalise\nwrong = half:not_a_function\n"
+    )
+    environment = {"PYTHONPATH": f"{A_ROUTE['PYTHONPATH']}:{tmp_path}"}
+    code = "import half, torch, lpln_autopatch\n" + NORMS_DTYPE + "print(dtype(), half.calls)\n"
+    code += "print(lpln_autopatch.status().backend)"
+    variables = {"LPLN_PRECISION": "amp", **A_ROUTE, **environment}
+    result = run_python("-c", code, LPLN_BACKEND="half", **variables)
+    assert result.stdout.splitlines() == ["torch.bfloat16 [1e-05]", "half"]
+    result = run_python("-c", code, check=False, LPLN_BACKEND="wrong", **variables)
+    assert "LPLN_BACKEND='wrong': the backend half:not_a_function is 0" in result.stderr

@@ -120,6 +120,16 @@ def test_compiled_layernorm_by_itself(layer_norm):
     assert output_dtype(inside) is FP32
 
 
+def test_exception_in_a_compiled_lowered_forward(layer_norm):
+    """A wrong shape fails in compiled code too, and the next call is lowered."""
+    compiled = torch.compile(layer_norm, backend="eager")
+    with low_precision_layernorm("bf16"), autocast():
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            compiled(torch.randn(4, 7))
+        assert compiled(torch.randn(4, 8)).dtype is BF16
+    assert output_dtype(compiled) is FP32
+
+
 def test_autocast_inside_the_compiled_function(model):
     """Regions of autocast in the graph count as they do in eager mode."""
 

@@ -127,3 +127,12 @@ def test_low_precision_path_is_composers_recipe(dtype, in_low_precision):
     for g, e in zip(got, expected, strict=True):
         assert g.dtype is e.dtype
         assert torch.equal(g, e)
+
+
+def test_exception_where_autocast_is_switched_off_switches_it_on_again(layer_norm):
+    """The accelerators' path switches autocast off around the kernel: also if that raises."""
+    x = torch.randn(4, 7, device="meta")
+    with autocast():
+        with pytest.raises(RuntimeError):
+            native.normalise(x, (8,), layer_norm.weight, layer_norm.bias, 1e-5, BF16)
+        assert autocast_dtype("cpu") is BF16

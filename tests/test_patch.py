@@ -4,6 +4,7 @@ import functools
 import inspect
 import types
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -275,3 +276,122 @@ def test_traceback_names_both_files(layer_norm):
         layer_norm(torch.randn(4, 7))
     names = [str(entry.path) for entry in error.traceback]
     assert any("functional.py <- " in n and n.endswith("norms.py") for n in names)
+
+
+PATCHERS = pytest.mark.parametrize("second", [plain, with_wraps, with_wrapt])
+
+
+@pytest.mark.parametrize("first", [plain, with_wraps, with_wrapt])
+@PATCHERS
+def test_between_two_patchers(first, second, layer_norm):
+    """One before us and one after us: both are called, disable() leaves both, in their order.
+
+    When they have left, in the reverse order, LayerNorm.forward is torch's own object again.
+    """
+    original = vars(LayerNorm)["forward"]
+    x = torch.randn(4, 8)
+    stock = layer_norm(x)
+    LayerNorm.forward = beneath = first(original)
+    lpln.enable()
+    ours = vars(LayerNorm)["forward"]
+    LayerNorm.forward = top = second(ours)
+    try:
+        with autocast():
+            lowered = layer_norm(x)
+        assert lowered.dtype is BF16
+        assert torch.equal(lowered, (stock + 1).to(BF16) + 1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            lpln.disable()
+        assert vars(LayerNorm)["forward"] is top
+        assert torch.equal(layer_norm(x), stock + 1 + 1)
+        assert output_dtype(layer_norm) is FP32
+        # Only wrapt's own wrapper lets go of what is beneath it.
+        spliced_out = second is with_wrapt
+        assert [w.category for w in caught] == [RuntimeWarning] * (not spliced_out)
+        LayerNorm.forward = beneath if spliced_out else ours
+        lpln.disable()
+        assert vars(LayerNorm)["forward"] is beneath
+        assert not lpln.status().installed
+    finally:
+        LayerNorm.forward = original
+
+
+@PATCHERS
+def test_patcher_between_two_of_our_activations(second, layer_norm):
+    """enable(), theirs, enable(): lowered once, rounded once, and all of it comes off."""
+    original = vars(LayerNorm)["forward"]
+    x = torch.randn(4, 8)
+    stock = layer_norm(x)
+    lpln.enable()
+    ours = vars(LayerNorm)["forward"]
+    LayerNorm.forward = second(ours)
+    try:
+        lpln.enable("bf16")
+        with autocast():
+            # A closure hides ours, so that there is another one above it.
+            expected = (stock + 1).to(BF16) if second is plain else stock.to(BF16) + 1
+            assert torch.equal(layer_norm(x), expected)
+        assert torch.equal(layer_norm(x), stock + 1)
+    finally:
+        LayerNorm.forward = ours
+        lpln.disable()
+    assert vars(LayerNorm)["forward"] is original
+
+
+def test_patcher_of_checkpoint_is_left_in_place():
+    """Somebody's wrapper on what checkpoint calls stays above ours, and disable() warns of it.
+
+    A backward after that recomputes, and warns of nothing.
+    """
+    checkpoint = torch.utils.checkpoint
+    path = list(CHECKPOINT_ENTRIES)[1]
+    *owner, name = path.split(".")
+    holder = functools.reduce(getattr, owner, checkpoint)
+    original = vars(holder)[name]
+    lpln.enable()
+    ours = vars(holder)[name]
+    calls = []
+
+    def theirs(*args, **kwargs):
+        calls.append(name)
+        return ours(*args, **kwargs) if not owner else ours.__get__(args[0])(*args[1:], **kwargs)
+
+    setattr(holder, name, theirs)
+    try:
+        with pytest.warns(RuntimeWarning, match=rf"checkpoint\.{path} was wrapped by"):
+            lpln.disable()
+        assert vars(holder)[name] is theirs
+        x = torch.randn(4, 8, requires_grad=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            y = checkpoint.checkpoint(torch.nn.LayerNorm(8), x, use_reentrant=False)
+            y.sum().backward()
+        assert x.grad is not None
+        assert calls == [name]
+    finally:
+        setattr(holder, name, ours)
+        lpln.disable()
+    assert vars(holder)[name] is original
+
+
+@pytest.mark.parametrize("name", ["forward", "layer_norm"])
+def test_mock_around_an_activation_is_seen(layer_norm, name):
+    """mock.patch puts the original back over our wrapper: status() says so, disable() is silent.
+
+    The next enable() lowers again.
+    """
+    holder = LayerNorm if name == "forward" else torch.nn.functional
+    original = vars(holder)[name]
+    with mock.patch.object(holder, name, lambda *args, **kwargs: args[-1]):
+        lpln.enable()
+    assert vars(holder)[name] is original
+    assert not lpln.status().installed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lpln.disable()
+        lpln.enable()
+        assert lpln.status().installed
+        assert output_dtype(layer_norm) is BF16
+        lpln.disable()
+    assert vars(holder)[name] is original

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 import pytest
-from support import ROOT, run_python
+from support import A_ROUTE, ROOT, run_python
 
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
@@ -316,3 +316,90 @@ def test_child_processes_inherit(tmp_path, method):
     environment = ROUTES["sitecustomize"] if not HAS_AUTOLOAD else {}
     result = run_python(str(script), LPLN_PRECISION="amp", **environment)
     assert result.stdout.split() == ["torch.bfloat16"] * 2
+
+
+DTYPE = """
+def dtype():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return str(torch.nn.LayerNorm(8)(torch.randn(4, 8)).dtype)
+"""
+
+
+def test_disable_before_torch_is_imported_holds():
+    """With LPLN_PRECISION set: it imports torch itself, and then undoes the variable."""
+    code = "import lpln_autopatch; lpln_autopatch.disable(); import torch; print(dtype())"
+    result = run_python("-c", DTYPE + code, LPLN_PRECISION="amp", **A_ROUTE)
+    assert result.stdout == "torch.float32\n"
+
+
+ENABLED_DURING = """
+import sys
+import lpln_autopatch
+
+class During:
+    done = False
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1] and not During.done:
+            During.done = True
+            try:
+                lpln_autopatch.enable("bf16")
+            except (AttributeError, ImportError) as error:
+                print("partially initialized module 'torch" in str(error))
+
+sys.meta_path.insert(0, During())
+import torch
+from inspect import unwrap
+print(lpln_autopatch.status().source, dtype())
+lpln_autopatch.enable()
+print(dtype())
+lpln_autopatch.disable()
+print(dtype(), vars(torch.nn.LayerNorm)["forward"] is unwrap(torch.nn.LayerNorm.forward))
+"""
+
+
+@pytest.mark.parametrize("precision", ["", "amp"])
+@pytest.mark.parametrize("module", ["torch.version", "torch.nn.functional", "torch.optim"])
+def test_enable_in_the_middle_of_torchs_import(module, precision):
+    """It is refused, as Python refuses it, and once torch is there everything works."""
+    code = DTYPE + ENABLED_DURING
+    result = run_python("-c", code, module, LPLN_PRECISION=precision, **A_ROUTE)
+    source = "environment torch.bfloat16" if precision else "None torch.float32"
+    assert result.stdout.splitlines() == ["True", source, "torch.bfloat16", "torch.float32 True"]
+
+
+FAILS_ONCE = """
+import sys
+
+class FailsOnce:
+    done = False
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.version" and not FailsOnce.done:
+            FailsOnce.done = True
+            raise ImportError("not yet")
+
+sys.meta_path.insert(0, FailsOnce())
+try:
+    import torch
+except ImportError as error:
+    print(error, "lpln_autopatch.activation" in sys.modules)
+try:
+    import torch
+except ImportError as error:
+    sys.exit("torch refuses" if "once per process" in str(error) else repr(error))
+import lpln_autopatch
+print(dtype(), lpln_autopatch.status().source)
+"""
+
+
+def test_import_of_torch_that_fails_and_is_repeated():
+    """Nothing happens at the failure, whose error passes; an import that succeeds activates.
+
+    torch 2.15 refuses the second by itself; 2.13 and 1.13 do not.
+    """
+    result = run_python("-c", DTYPE + FAILS_ONCE, check=False, LPLN_PRECISION="amp", **A_ROUTE)
+    first, *second = result.stdout.splitlines()
+    assert first == "not yet False"
+    if TORCH_VERSION < (2, 14):
+        assert second == ["torch.bfloat16 environment"]
+    else:
+        assert second == ["torch.bfloat16 environment"] or "torch refuses" in result.stderr
