@@ -56,8 +56,12 @@ def test_nothing_asked_for_is_no_problem(value):
     assert (status, found["problem"], found["acted"], found["precision"]) == (0, None, None, None)
     assert not found["installed"]
     assert found["environment"]["LPLN_PRECISION"] == value
-    shown = run_python("-m", "lpln_autopatch", LPLN_PRECISION=value, **A_ROUTE).stdout
-    assert shown.splitlines()[-1] == f"LPLN_PRECISION is {value!r}: LayerNorm is as PyTorch has it."
+
+
+def test_value_that_turns_off_is_said():
+    """The last line gives the value that LPLN_PRECISION has."""
+    shown = run_python("-m", "lpln_autopatch", LPLN_PRECISION="off", **A_ROUTE).stdout
+    assert shown.splitlines()[-1] == "LPLN_PRECISION is 'off': LayerNorm is as PyTorch has it."
 
 
 @pytest.mark.parametrize(
@@ -79,14 +83,18 @@ def test_nothing_asked_for_is_no_problem(value):
     ],
 )
 def test_problem_is_exit_status_1_with_the_reason(environment, problem):
-    """LPLN_PRECISION is set and nothing is lowered: status 1, in JSON and as the last line."""
-    status, found = doctor(**environment)
-    assert status == 1
-    assert found["problem"].startswith(problem)
+    """LPLN_PRECISION is set and nothing is lowered: status 1, and the reason as the last line."""
     result = run_python("-m", "lpln_autopatch", check=False, **environment)
     assert result.returncode == 1
     last = result.stdout.splitlines()[-1]
-    assert last == f"LPLN_PRECISION does not lower LayerNorm: {found['problem']}"
+    assert last.startswith(f"LPLN_PRECISION does not lower LayerNorm: {problem}")
+
+
+def test_problem_is_in_the_json():
+    """The reason by itself, and exit status 1 there too."""
+    status, found = doctor(LPLN_PRECISION="bf61", **A_ROUTE)
+    assert status == 1
+    assert found["problem"].startswith("LPLN_PRECISION='bf61' is not a precision")
 
 
 def test_patcher_that_hides_us_is_a_problem(tmp_path):
