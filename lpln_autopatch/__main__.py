@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import sys
 from importlib import import_module
 from typing import NoReturn
 
-from lpln_autopatch.doctor import diagnose
+from lpln_autopatch import doctor
 
 _PROGRAM = "python -m lpln_autopatch"
 
@@ -37,9 +36,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     # What it imports, backends of other packages too, may print.
     with contextlib.redirect_stdout(sys.stderr):
-        diagnosis = diagnose()
-    print(json.dumps(dataclasses.asdict(diagnosis), indent=2) if options.json else diagnosis)
-    return 0 if diagnosis.problem is None else 1
+        found = doctor.diagnose()
+    print(json.dumps(found, indent=2) if options.json else doctor.text(found))
+    return 0 if found["problem"] is None else 1
 
 
 if __name__ == "__main__":

@@ -620,7 +620,7 @@ def test_named_by_every_way(layer_norm):
         y = layer_norm(torch.randn(4, 8))
     assert "_LeanLayerNorm" in type(y.grad_fn).__name__
     assert "lean" in backends.names()
-    assert doctor.diagnose().backends["lean"].usable
+    assert doctor.diagnose()["backends"]["lean"]["usable"]
     code = "import torch, lpln_autopatch; print(lpln_autopatch.status().backend)"
     variables = {"LPLN_PRECISION": "amp", "LPLN_BACKEND": "lean"}
     if TORCH_VERSION >= (2, 5):
