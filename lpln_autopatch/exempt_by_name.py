@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -38,8 +38,10 @@ class ByName:
             for pattern in map(str.strip, patterns.split(","))
             if pattern
         ]
-        # By id, for a module need not have a hash: its parents, and its name in each.
-        self._parents: dict[int, dict[tuple[int, str], weakref.ref[torch.nn.Module]]] = {}
+        # The parents of each module, and its name in each.
+        self._parents: MutableMapping[
+            torch.nn.Module, list[tuple[weakref.ref[torch.nn.Module], str]]
+        ] = weakref.WeakKeyDictionary()
 
     def install(self) -> Any:
         """Watch every registration from now on; the handle that is returned ends that."""
@@ -48,7 +50,9 @@ class ByName:
     def _register(self, parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
         if module is None:
             return
-        self._remember(parent, name, module)
+        parents, entry = self._parents.setdefault(module, []), (weakref.ref(parent), name)
+        if entry not in parents:
+            parents.append(entry)
         if vars(parent).get(exemption.MARK) == BY_NAME:
             _mark(module, name)
             return
@@ -56,13 +60,6 @@ class ByName:
             path = [name, *inner.split(".")] if inner else [name]
             if any(self._matches(pattern, path, parent) for pattern in self._patterns):
                 _mark(submodule, ".".join(path))
-
-    def _remember(self, parent: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
-        key = id(module)
-        if key not in self._parents:
-            self._parents[key] = {}
-            weakref.finalize(module, self._parents.pop, key, None).atexit = False
-        self._parents[key][id(parent), name] = weakref.ref(parent)
 
     def _matches(self, pattern: Sequence[str], path: list[str], parent: torch.nn.Module) -> bool:
         above = self._above(parent, len(pattern) - len(path))
@@ -72,9 +69,9 @@ class ByName:
         """The last `count` components of each name that `module`, if it is still there, has."""
         if count <= 0:
             yield []
-            return
-        for (_, name), parent in self._parents.get(id(module), {}).items():
-            yield from ([*names, name] for names in self._above(parent(), count - 1))
+        elif module is not None:
+            for parent, name in self._parents.get(module, ()):
+                yield from ([*names, name] for names in self._above(parent(), count - 1))
 
 
 def _ends_as(path: Sequence[str], pattern: Sequence[str]) -> bool:
