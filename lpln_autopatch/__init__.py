@@ -28,12 +28,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lpln_autopatch.activation import (
-        disable,
-        enable,
-        exempt,
-        low_precision_layernorm,
-    )
+    from lpln_autopatch.activation import disable, enable, exempt, low_precision_layernorm
     from lpln_autopatch.in_force import status
     from lpln_autopatch.precision import NoEffectWarning, Precision
     from lpln_autopatch.reporting import report
@@ -43,28 +38,22 @@ if TYPE_CHECKING:
         revert_low_precision_layernorm,
     )
 
-_HOME = {
-    "NoEffectWarning": "precision",
-    "Precision": "precision",
-    "disable": "activation",
-    "enable": "activation",
-    "exempt": "activation",
-    "low_precision_layernorm": "activation",
-    "status": "in_force",
-    "report": "reporting",
-    "LPLayerNorm": "surgery",
-    "apply_low_precision_layernorm": "surgery",
-    "revert_low_precision_layernorm": "surgery",
+_HOMES = {
+    "precision": "NoEffectWarning Precision",
+    "activation": "disable enable exempt low_precision_layernorm",
+    "in_force": "status",
+    "reporting": "report",
+    "surgery": "LPLayerNorm apply_low_precision_layernorm revert_low_precision_layernorm",
 }
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    for home, names in _HOMES.items():
+        if name in names.split():
+            globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *__all__])
