@@ -169,13 +169,8 @@ def enable_from(precision: object, backend: str, norms: object, source: str, arg
     if not request.precision.ever_engages:
         request.warn_never_engages(stacklevel=3)
     state.set_base(request)
-    _logger.info(
-        "%s: precision %s, backend %s, from %s",
-        ", ".join(request.norms),
-        request.precision,
-        request.backend,
-        request.source,
-    )
+    what = f"{', '.join(request.norms)}: precision {request.precision}, backend {request.backend}"
+    _logger.info("%s, from %s", what, source)
 
 
 def _who() -> object:
@@ -192,23 +187,25 @@ def _refuse_what_a_block_cannot_decorate(decorated: object) -> None:
     """Calling a class makes an instance, and a module that became a function is no module."""
     import torch
 
-    runs_later = (
-        inspect.iscoroutinefunction,
-        inspect.isgeneratorfunction,
-        inspect.isasyncgenfunction,
-    )
-    if any(is_one(decorated) for is_one in runs_later):
-        raise TypeError(
-            f"low_precision_layernorm decorates {decorated!r}, whose body runs after the call "
-            "has returned and the block has closed. Use a `with` block inside it."
+    if (
+        inspect.iscoroutinefunction(decorated)
+        or inspect.isgeneratorfunction(decorated)
+        or inspect.isasyncgenfunction(decorated)
+    ):
+        what = (
+            f"{decorated!r}, whose body runs after the call has returned and the block has "
+            "closed. Use a `with` block inside it."
         )
-    if inspect.isclass(decorated):
-        raise TypeError(
-            f"low_precision_layernorm decorates the class {decorated.__qualname__}: only making an "
-            "instance would be inside the block. Decorate its `forward`, or use a `with` block."
+    elif inspect.isclass(decorated):
+        what = (
+            f"the class {decorated.__qualname__}: only making an instance would be inside the "
+            "block. Decorate its `forward`, or use a `with` block."
         )
-    if isinstance(decorated, torch.nn.Module):
-        raise TypeError(
-            f"low_precision_layernorm decorates a module, {type(decorated).__qualname__}. Use a "
-            "`with` block around its calls, or apply_low_precision_layernorm(module)."
+    elif isinstance(decorated, torch.nn.Module):
+        what = (
+            f"a module, {type(decorated).__qualname__}. Use a `with` block around its calls, or "
+            "apply_low_precision_layernorm(module)."
         )
+    else:
+        return
+    raise TypeError(f"low_precision_layernorm decorates {what}")

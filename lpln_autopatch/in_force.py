@@ -54,11 +54,9 @@ def status() -> Status:
     from lpln_autopatch import __version__
 
     request = state.current()
+    asked = ("precision", "backend", "norms", "source")
     return Status(
-        precision=request.precision if request else None,
-        backend=request.backend if request else None,
-        norms=request.norms if request else None,
-        source=request.source if request else None,
+        **{name: getattr(request, name, None) for name in asked},
         installed=state.is_installed(),
         environment=os.environ.get("LPLN_PRECISION"),
         versions={

@@ -63,15 +63,7 @@ class Precision(str, enum.Enum):
 
     @classmethod
     def parse(cls, value: object, source: str) -> Precision:
-        """The precision that `value` names.
-
-        Args:
-            value: A name, a `Precision`, a `torch.dtype`, or a member of Composer's enum.
-            source: Where the value came from, for the error: an argument or a variable.
-
-        Raises:
-            ValueError: `value` names no precision.
-        """
+        """`Precision(value)`, whose ValueError names `source`, an argument or a variable."""
         try:
             return cls(value)
         except ValueError:

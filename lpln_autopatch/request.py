@@ -39,11 +39,9 @@ class Request:
     def parse(
         cls, precision: object, backend: str, norms: object, source: str, argument: str
     ) -> Request:
-        """The request that these names make; `argument` is where `precision` came from.
+        """The request that these names make, or what `enable` raises.
 
-        Raises:
-            ValueError: precision, backend or norms is not a valid name.
-            ImportError: the backend cannot be used here.
+        `argument`, for the error, is where `precision` came from.
         """
         # Before our own modules that import it: if this is its first import and LPLN_PRECISION
         # is set, it comes back to us, and must not find one of them half imported.
@@ -84,15 +82,7 @@ class Request:
 
 
 def parse_norms(value: object) -> tuple[str, ...]:
-    """The norms that the argument `norms` names, in the order of `NAMES`.
-
-    Args:
-        value: "all", a name, several separated by commas, an iterable of names, or None for what
-            LPLN_NORMS says.
-
-    Raises:
-        ValueError: one of them is no norm, or none is named.
-    """
+    """The norms that the argument `norms` of `enable` names, in the order of `NAMES`."""
     from lpln_autopatch.norms import NAMES
     from lpln_autopatch.torch_compat import HAS_RMS_NORM
 
