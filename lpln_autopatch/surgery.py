@@ -135,17 +135,15 @@ def apply_low_precision_layernorm(
     if not request.precision.ever_engages:
         revert_low_precision_layernorm(model)
         return {}
-    named = list(model.named_modules())
-    norms = [module for _, module in named if runs_torchs_forward(module)]
+    norms = [module for module in model.modules() if runs_torchs_forward(module)]
     # All of them, before any module changes: a class may refuse to be subclassed.
     classes = [_low_precision_class(type(norm)) for norm in norms]
     for norm, cls in zip(norms, classes, strict=True):
         norm.__class__ = cls
-    changed: dict[str, torch.nn.LayerNorm] = {}
-    for name, module in named:
-        if isinstance(module, LPLayerNorm):
-            _give(module, request)
-            changed[name] = module
+    changed: dict[str, torch.nn.LayerNorm]
+    changed = {name: m for name, m in model.named_modules() if isinstance(m, LPLayerNorm)}
+    for norm in changed.values():
+        _give(norm, request)
     if not changed:
         warnings.warn(
             f"No LayerNorm that runs torch.nn.LayerNorm.forward was found in {type(model)}: "
@@ -179,10 +177,10 @@ def revert_low_precision_layernorm(model: torch.nn.Module) -> dict[str, torch.nn
     return changed
 
 
-def _give(module: LPLayerNorm, request: Request) -> None:
-    """Have `module` do what `request` says."""
-    module._lowering = request.lowering
-    vars(module)["_asked"] = str(request.precision), request.backend
+def _give(norm: torch.nn.LayerNorm, request: Request) -> None:
+    """Have `norm` do what `request` says."""
+    asked = str(request.precision), request.backend
+    vars(norm).update(_lowering=request.lowering, _asked=asked)
 
 
 def _parse(precision: object, backend: str) -> Request:
