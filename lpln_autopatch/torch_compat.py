@@ -216,12 +216,6 @@ def devices() -> list[str]:
     return [*found, "mps"] if torch.backends.mps.is_available() else found
 
 
-def forget_compiled_code() -> None:
-    """Have torch.compile begin anew. until torch 2.1: there is no public way, none is taken."""
-    if TORCH_VERSION >= (2, 1):
-        torch.compiler.reset()
-
-
 def drop_compiled_code_that_cannot_follow() -> None:
     """Drop compiled code where it does not guard on what the wrappers read."""
     if not DYNAMO_TRACES_NORMS and "torch._dynamo" in sys.modules:

@@ -17,7 +17,6 @@ from lpln_autopatch import disable
 from lpln_autopatch.bench.call import RECIPE, Layer
 from lpln_autopatch.bench.contenders import Contender
 from lpln_autopatch.bench.suites import Parser, at_least, usable_device
-from lpln_autopatch.torch_compat import forget_compiled_code
 
 CONTENDERS = (Contender("stock"), RECIPE, Contender("lowered", backend="native"))
 COLUMNS = ("output", "grad x", "grad weight", "grad bias")
@@ -43,7 +42,7 @@ def main() -> None:
             print(f"  {'':18}" + "".join(f"{column:>14}" for column in COLUMNS))
             run: Any = layer.module
             if args.compiled:
-                forget_compiled_code()
+                torch.compiler.reset()
                 run = torch.compile(run)
             for contender in CONTENDERS:
                 errors = layer.errors(contender, run)[1].values()
