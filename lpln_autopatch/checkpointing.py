@@ -35,9 +35,7 @@ class Carried:
 def factories(capture: Callable[[], Block], stock: Block) -> dict[str, Callable[[Any], Any]]:
     """What makes the wrapper of each function of `torch.utils.checkpoint`, by its path.
 
-    Args:
-        capture: Captures what is in force, for a recomputation.
-        stock: Opens a block in which nothing is in force.
+    `capture` gives a block of what is in force now; `stock` is one in which nothing is.
     """
     return {
         **{path: _captures(at, capture) for path, at in CHECKPOINT_ENTRIES.items()},

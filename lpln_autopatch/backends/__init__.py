@@ -51,15 +51,7 @@ _BUILT_IN: dict[str, Callable[[], Backend]] = {
 def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
     """The backend that `name` chooses for `precision`: its own name, and what normalises.
 
-    Args:
-        name: "auto", "native", "fused", "lean", "apex", "apex_lean", or the name of an entry point
-            in the group `lpln_autopatch.backends`. "auto" is what LPLN_BACKEND says, or else the
-            rule of `automatic`.
-        precision: What is asked for.
-
-    Raises:
-        ValueError: there is no backend of that name.
-        ImportError: there is, and it cannot be used here: why, and what to do.
+    `name` is the argument `backend` of `enable`; so is what is raised, with what to do.
     """
     argument = "backend"
     if name == "auto":

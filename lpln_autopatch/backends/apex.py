@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,22 +30,13 @@ _NO_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
 
 
 def load() -> Backend:
-    """`normalise`, if NVIDIA apex is here with its CUDA extension.
-
-    Raises:
-        ImportError: apex is not installed, or the project of that name from the package index
-            is, or NVIDIA's without its CUDA extension. What to do in each case.
-    """
+    """`normalise`, or an ImportError: no NVIDIA apex with its CUDA extension is here."""
     _find()
     return normalise
 
 
 def load_lean() -> Backend:
-    """`normalise_memory_efficient`, if apex is here and has the option of that name.
-
-    Raises:
-        ImportError: as for `load`; or this apex is older than the option.
-    """
+    """`normalise_memory_efficient`, or an ImportError: as `load`, or apex has no such option."""
     # Not by importing it, which torch and CUDA must be up for.
     source = _find() / "normalization" / "fused_layer_norm.py"
     if "memory_efficient" not in source.read_text():
@@ -105,14 +96,13 @@ def normalise(
     return y
 
 
-def normalise_memory_efficient(*call: Any, **named: Any) -> Tensor:
-    """`normalise`, with apex's `memory_efficient`: the output is kept for backward, not x.
+normalise_memory_efficient = functools.partial(normalise, memory_efficient=True)
+"""It keeps the output for backward, not x.
 
-    Source:
-        NVIDIA apex, pull request 1715. A weight that is smaller than eps counts as eps in its
-        backward: the gradient of such a weight is wrong.
-    """
-    return normalise(*call, **named, memory_efficient=True)
+Source:
+    NVIDIA apex, pull request 1715. A weight that is smaller than eps counts as eps in its
+    backward: the gradient of such a weight is wrong.
+"""
 
 
 def _takes(x: Tensor, weight: Affine, bias: Affine, dtype: torch.dtype) -> bool:

@@ -28,11 +28,7 @@ from lpln_autopatch.torch_compat import (
 
 
 def load() -> Backend:
-    """`normalise`, if this torch is not too old.
-
-    Raises:
-        ImportError: it is. What to do.
-    """
+    """`normalise`, or an ImportError: this torch is too old."""
     if TORCH_VERSION < (2, 1):
         raise ImportError(
             f"it needs torch 2.1 or later, this is {torch.__version__}. "

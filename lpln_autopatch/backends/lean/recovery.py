@@ -54,12 +54,8 @@ def keep(
     non-reentrant checkpointing runs forward again, when a new count may have arrived, and hands
     what that keeps to the backward of the first run.
 
-    Args:
-        y: The output, in the autocast dtype.
-        x: Input, as the kernel took it, and so are weight and bias.
-        mean: Of each row, float32.
-        rstd: 1 / sqrt(variance + eps) of each row, float32.
-        are_few: What `counter` gives for the weight.
+    x, weight and bias are as the kernel took them, mean and rstd = 1 / sqrt(variance + eps) those
+    of each row in float32; `are_few` is what `counter` gives for the weight.
     """
     if weight is None and bias is None:
         return y, None, None, None, None
