@@ -212,7 +212,7 @@ def kept(contender, device, policy):
         with torch.autocast(device, dtype=torch.bfloat16):
             return model(x).float().square().mean()
     with contender.applied(model):
-        return counting.count(forward, model, policy, [x]).kept
+        return counting.count(forward, model, policy, [x])["kept"]
 
 for contender in (Contender("stock"), Contender("recipe", ComposerRecipe)):
     with emulated.accelerator() as accelerator:

@@ -7,7 +7,6 @@ partitioner, and Inductor as far as its scheduler, which fuses operators into ke
 from __future__ import annotations
 
 import copy
-import dataclasses
 from importlib import import_module
 from typing import Any
 
@@ -18,34 +17,23 @@ from lpln_autopatch.bench.batches import loss_of
 from lpln_autopatch.bench.policy import policy
 
 
-@dataclasses.dataclass
-class Counts:
-    """The counts of one training step.
+def count(entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype) -> dict[str, float]:
+    """Compile a training step of `model`, and count what comes out.
 
-    Attributes:
-        kept: Bytes that the forward graphs hand to the backward graphs: no parameters, no casts
-            of them, each storage once.
-        moved: Bytes that Inductor's kernels and PyTorch's operators between them read and write.
-        kernels: How many of both there are.
-        graphs: Forward and backward graphs: more than two where Dynamo broke the model.
+    Returns:
+        kept: bytes that the forward graphs hand to the backward graphs, no parameters, no casts of
+        them, each storage once; moved: bytes that Inductor's kernels and PyTorch's operators
+        between them read and write; kernels: how many of both there are; graphs: forward and
+        backward ones, more than two where Dynamo broke the model.
     """
-
-    kept: int = 0
-    moved: int = 0
-    kernels: int = 0
-    graphs: int = 0
-
-
-def count(entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype) -> Counts:
-    """Compile a training step of `model`, and count what comes out."""
     from torch._inductor.compile_fx import compile_fx
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    counts = Counts()
+    counts: dict[str, float] = dict.fromkeys(("kept", "moved", "kernels", "graphs"), 0)
 
     def inner(gm: Any, inputs: Any, is_backward: bool = False, **_: Any) -> Any:
-        counts.graphs += 1
-        counts.kept += 0 if is_backward else _kept(gm)
+        counts["graphs"] += 1
+        counts["kept"] += 0 if is_backward else _kept(gm)
         runs = copy.deepcopy(gm).forward
         _schedule(gm, inputs, is_backward, counts)
 
@@ -91,7 +79,7 @@ def _comes_from_an_input_alone(node: Any) -> bool:
     return bool(node.op == "placeholder")
 
 
-def _schedule(gm: Any, inputs: Any, is_backward: bool, counts: Counts) -> None:
+def _schedule(gm: Any, inputs: Any, is_backward: bool, counts: dict[str, float]) -> None:
     """What `compile_fx_inner` does up to the scheduler, and the counts of its kernels."""
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
@@ -109,5 +97,5 @@ def _schedule(gm: Any, inputs: Any, is_backward: bool, counts: Counts) -> None:
         graph.run(*inputs)
         graph.init_wrapper_code()
         graph._update_scheduler()
-        counts.moved += graph.count_bytes()[0]
-        counts.kernels += sum("Nop" not in type(n).__name__ for n in graph.scheduler.nodes)
+        counts["moved"] += graph.count_bytes()[0]
+        counts["kernels"] += sum("Nop" not in type(n).__name__ for n in graph.scheduler.nodes)

@@ -117,7 +117,7 @@ def _count(
         if contender.name == "fused":
             raise ImportError("Triton's kernels need a GPU: they do not run without data")
         with contender.applied(model):
-            return dataclasses.asdict(measure(entry, model, dtype))
+            return measure(entry, model, dtype)
 
     passed, reasons = sift(contenders(mode, entry.norms), check)
     if STOCK not in passed:
@@ -132,7 +132,7 @@ def _count(
     ]
 
 
-def _eager(entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype) -> counting.Counts:
+def _eager(entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype) -> dict[str, float]:
     with emulated.accelerator() as policy:
         emulated.move(model)
         batch = entry.batch_on(model, emulated.NAME)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,39 +14,9 @@ from torch.utils.flop_counter import flop_registry
 from lpln_autopatch.bench.policy import Policy
 
 NORMS = ("native_layer_norm", "native_group_norm", "rms_norm")
-CASTS = ("_to_copy",)
-BANDWIDTH, RATE = 2.0e12, 312e12
-
-
-@dataclasses.dataclass
-class Counts:
-    """The counts of one training step.
-
-    Attributes:
-        operators: Those that read or write memory: no views, no questions about a tensor.
-        moved: Bytes that they read and write, each operand once.
-        norms: Bytes of those that the norms move.
-        casts: Bytes of those that casts move.
-        kept: Bytes that autograd keeps from forward to backward: no parameters, no cached casts
-            of them, each storage once.
-        flops: Of its matrix products, convolutions and attention.
-        least_ms: A bound, no measurement: no A100 takes less, whose memory moves 2.0 TB/s and
-            whose units do 312 TFLOP/s. The sum over operators of what either needs for it.
-        peak: The most bytes that were alive at once, parameters and their gradients included.
-        norm_calls: Norms run in forward.
-        lowered_calls: Those of them whose output has the autocast dtype.
-    """
-
-    operators: int = 0
-    moved: int = 0
-    norms: int = 0
-    casts: int = 0
-    kept: int = 0
-    flops: int = 0
-    least_ms: float = 0.0
-    peak: int = 0
-    norm_calls: int = 0
-    lowered_calls: int = 0
+COUNTED = "operators moved norms casts kept flops least_ms peak norm_calls lowered_calls"
+CAST = "_to_copy"
+BANDWIDTH, RATE = 2.0e12, 312e12  # of an A100's memory, in bytes, and of its units, in FLOP
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -55,7 +24,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, alive: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.counts = Counts()
+        self.counts: dict[str, float] = dict.fromkeys(COUNTED.split(), 0)
         self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._bytes = 0
         for tensor in alive:
@@ -78,16 +47,16 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         counts, name = self.counts, func._schema.name.split("::")[1]
         size = sum(map(_bytes, {id(t): t for t in inputs}.values()))
         size += sum(map(_bytes, outputs))
-        counts.operators += 1
-        counts.flops += flops
-        counts.least_ms += 1e3 * max(size / BANDWIDTH, flops / RATE)
-        counts.moved += size
-        if name.startswith(NORMS):
-            counts.norms += size
-            if not name.endswith("_backward"):
-                counts.norm_calls += 1
-                counts.lowered_calls += outputs[0].dtype is not torch.float32
-        counts.casts += size * (name in CASTS)
+        is_norm = name.startswith(NORMS)
+        is_norm_call = is_norm and not name.endswith("_backward")
+        counts["operators"] += 1
+        counts["flops"] += flops
+        counts["least_ms"] += 1e3 * max(size / BANDWIDTH, flops / RATE)
+        counts["moved"] += size
+        counts["norms"] += size * is_norm
+        counts["casts"] += size * (name == CAST)
+        counts["norm_calls"] += is_norm_call
+        counts["lowered_calls"] += is_norm_call and outputs[0].dtype is not torch.float32
 
     def _watch(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -100,7 +69,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         self._alive[key] = (weakref.ref(storage, gone), storage.nbytes())
         self._bytes += storage.nbytes()
-        self.counts.peak = max(self.counts.peak, self._bytes)
+        self.counts["peak"] = max(self.counts["peak"], self._bytes)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -130,8 +99,18 @@ def _is_a_kernel(func: Any, outputs: list[torch.Tensor]) -> bool:
 
 def count(
     forward: Callable[[], torch.Tensor], model: torch.nn.Module, policy: Policy, batch: Any
-) -> Counts:
-    """Run a training step, `forward` and the backward of the loss that it gives, and count it."""
+) -> dict[str, float]:
+    """Run a training step, `forward` and the backward of the loss that it gives, and count it.
+
+    Returns:
+        operators: that read or write memory: no views, no questions about a tensor; flops: of
+        matrix products, convolutions and attention. In bytes, each operand of an operator once:
+        moved, what they read and write; norms and casts, their share of it; kept, what autograd
+        keeps from forward to backward, no parameters, no cached casts of them, each storage once;
+        peak, the most that was alive at once, parameters and their gradients included. norm_calls:
+        norms run in forward; lowered_calls: those of them that give the autocast dtype. least_ms,
+        a bound, no measurement: the sum over operators of what an A100 needs for either.
+    """
     state = [*model.parameters(), *model.buffers()]
     parameters = {tensor.untyped_storage()._cdata for tensor in model.parameters()}
     kept: dict[int, Any] = {}
@@ -146,7 +125,7 @@ def count(
     with counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = forward()
-        counter.counts.kept = sum(kept.values())
+        counter.counts["kept"] = sum(kept.values())
         torch.autograd.backward(loss)
     model.zero_grad()
     return counter.counts
