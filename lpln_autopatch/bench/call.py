@@ -84,23 +84,15 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
 
 
 class Layer:
-    """A LayerNorm, what it gets, and what it should give.
-
-    Args:
-        shape: Rows, and features of a row.
-        x: The dtype of x.
-        autocast: The autocast dtype.
-        device: Where it lies.
-        mean: Of x.
-    """
+    """A LayerNorm, what it gets, and what it should give."""
 
     def __init__(
         self,
-        shape: tuple[int, int],
+        shape: tuple[int, int],  # rows, and features of a row
         x: torch.dtype,
         autocast: torch.dtype,
         device: torch.device,
-        mean: float = 0.0,
+        mean: float = 0.0,  # of x
     ) -> None:
         self.case = {"M": shape[0], "N": shape[1], "input": short(x), "autocast": short(autocast)}
         self.device, self.autocast = device, autocast

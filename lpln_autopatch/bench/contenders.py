@@ -39,30 +39,18 @@ class WrongResult(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One way of running the norms of a module.
-
-    Attributes:
-        name: What the tables call it.
-        layer_norm: The class that the LayerNorms take; None: their own.
-        backend: That of the block around it; None for no block.
-        norms: The norms that are lowered.
-        function: What is called in place of the module: `F.layer_norm` by itself.
-    """
+    """One way of running the norms of a module."""
 
     name: str
-    layer_norm: type[torch.nn.LayerNorm] | None = None
-    backend: str | None = None
-    norms: str = "layer_norm"
-    function: Callable[..., Tensor] | None = None
+    layer_norm: type[torch.nn.LayerNorm] | None = None  # that the LayerNorms take; or their own
+    backend: str | None = None  # of the block around it, if there is one
+    norms: str = "layer_norm"  # those that are lowered
+    function: Callable[..., Tensor] | None = None  # in place of the module: `F.layer_norm`
 
     def gives(
         self, dtypes: Iterable[torch.dtype], autocast: torch.dtype, exempt: bool = False
     ) -> str:
-        """The dtypes that its LayerNorms gave, in words.
-
-        Raises:
-            WrongResult: it is one of ours, and a LayerNorm of it ran stock, where none is exempt.
-        """
+        """The dtypes that its LayerNorms gave, in words. Ours must not run stock, if not exempt."""
         words = ", ".join(sorted(set(map(short, dtypes)))) or "nothing"
         if self.backend is not None and words != short(autocast) and not exempt:
             raise WrongResult(f"it should give {short(autocast)} and gives {words}")
@@ -122,11 +110,7 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 
 
 def require(errors: dict[str, float], limits: dict[str, float]) -> None:
-    """Refuse a contender one of whose relative errors is at its limit or above, or NaN.
-
-    Raises:
-        WrongResult: which error, and its limit.
-    """
+    """Refuse a contender one of whose relative errors is at its limit or above, or NaN."""
     for name, error in errors.items():
         if not error < limits[name]:
             raise WrongResult(f"error of {name} {error:.2g}, allowed {limits[name]:.2g}")

@@ -161,8 +161,7 @@ def _train(
 ) -> tuple[list[float], set[torch.dtype], float, int]:
     """Losses, the dtypes that the LayerNorms gave, the last tenth's gradient norm, skipped steps.
 
-    Raises:
-        WrongResult: the first loss, of the untrained model, is not what float64 gives.
+    The first loss, of the untrained model, must be what float64 gives.
     """
     exact = _loss_in_float64(training)
     dtypes = example().record_layernorm_dtypes(training.model)

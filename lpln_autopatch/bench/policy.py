@@ -34,11 +34,7 @@ class MissingPart(Exception):
 
 
 def lists() -> dict[str, str]:
-    """The rule of every operator on CUDA's lists, by `name` or `name.overload`.
-
-    Raises:
-        MissingPart: this torch has no such lists.
-    """
+    """The rule of every operator on CUDA's lists, by `name` or `name.overload`."""
     text = HEADER.read_text() if HEADER.exists() else ""
     rules: dict[str, str] = {}
     for macro, rule in LISTS.items():
@@ -52,11 +48,7 @@ def lists() -> dict[str, str]:
 
 
 class Policy:
-    """CUDA's lists, registered for one autocast key; see `policy`.
-
-    Args:
-        device_type: "cpu", or the name of the emulated accelerator.
-    """
+    """CUDA's lists, registered for the autocast key of one type of device; see `policy`."""
 
     def __init__(self, device_type: str) -> None:
         self.device_type = device_type

@@ -28,21 +28,13 @@ RATIOS = ("/ stock", "kept / stock", "moved / stock")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one contender did in one case, or why it has no figures.
+    """What one contender did in one case, or why it has no figures."""
 
-    Attributes:
-        case: What was measured, by aspect, in the words of the table.
-        contender: The contender's name.
-        figures: By name; empty if there is a reason.
-        reason: Why the contender was not measured, or None.
-        curves: Lines to draw, each a figure a step.
-    """
-
-    case: Mapping[str, object]
+    case: Mapping[str, object]  # what was measured, by aspect, in the words of the table
     contender: str
     figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
-    reason: str | None = None
-    curves: Sequence[Sequence[float]] = ()
+    reason: str | None = None  # why the contender was not measured
+    curves: Sequence[Sequence[float]] = ()  # to draw, each a figure a step
 
     @property
     def title(self) -> str:

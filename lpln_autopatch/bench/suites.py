@@ -37,9 +37,8 @@ QUICK = "--quick shows that it runs. Its figures mean nothing."
 def main(argv: Sequence[str]) -> int:
     """Run the suites that `argv` names, print their tables, and write what it asks for.
 
-    Returns:
-        0. Whatever is wrong before anything has been measured ends the process instead, with one
-        line and a status of 1 or 2.
+    Whatever is wrong before anything has been measured ends the process with one line and a status
+    of 1 or 2.
     """
     options = parse(argv)
     refuse_without_extra(options)

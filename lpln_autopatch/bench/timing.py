@@ -21,11 +21,7 @@ TURN_SECONDS = 0.005
 
 
 class Progress:
-    """How far a suite is: a bar where stderr is a terminal, a line for each case where it is not.
-
-    Args:
-        suite: Its name.
-    """
+    """How far a suite is: a bar where stderr is a terminal, elsewhere a line for each case."""
 
     def __init__(self, suite: str) -> None:
         from tqdm import tqdm
@@ -49,19 +45,12 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A contender that has passed its check, and the times that are taken of it.
-
-    Attributes:
-        name: The contender's.
-        context: The block that `call` runs in; entering it is not timed.
-        call: What is timed.
-        seconds: Of one call, a mean for each round.
-    """
+    """A contender that has passed its check, and the times that are taken of it."""
 
     name: str
-    context: Callable[[], AbstractContextManager[object]]
-    call: Callable[[], object]
-    seconds: list[float] = dataclasses.field(default_factory=list)
+    context: Callable[[], AbstractContextManager[object]]  # entering it is not timed
+    call: Callable[[], object]  # what is timed
+    seconds: list[float] = dataclasses.field(default_factory=list)  # of a call, for each round
 
     def over(self, other: Entry) -> Quartiles:
         """The rounds' own ratios to `other`: what slows a whole round falls out."""

@@ -19,23 +19,15 @@ class WrongModel(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A model with its batch.
+    """A model with its batch."""
 
-    Attributes:
-        source: "timm:NAME", "transformers:CONFIG" or "MODULE:FUNCTION".
-        batch: Items in a batch.
-        length: Tokens of an item, where it is text.
-        config: What differs from the configuration's defaults.
-        shallow: What makes it a model of few layers, for what is compiled; empty: all of it.
-        norms: Those that are lowered, as in `enable(norms=...)`.
-    """
-
-    source: str
-    batch: int = 32
-    length: int = 512
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    source: str  # "timm:NAME", "transformers:CONFIG" or "MODULE:FUNCTION"
+    batch: int = 32  # items
+    length: int = 512  # tokens of an item, where it is text
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # unlike its defaults
+    # What makes it a model of few layers, for what is compiled; empty: all of it.
     shallow: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    norms: str = "layer_norm"
+    norms: str = "layer_norm"  # those that are lowered
 
     @property
     def depth(self) -> str:
@@ -43,11 +35,7 @@ class Entry:
         return ", ".join(dict.fromkeys(_words(self.shallow)))
 
     def build(self, shallow: bool = False) -> torch.nn.Module:
-        """The model, on meta: its weights take no memory.
-
-        Raises:
-            WrongModel: there is none, or what builds it is not installed.
-        """
+        """The model, on meta, where its weights take no memory; or a `WrongModel`."""
         library, _, name = self.source.partition(":")
         config = {**self.config, **(self.shallow if shallow else {})}
         try:
@@ -214,11 +202,7 @@ MORE: dict[str, Entry] = {
 
 
 def entries(chosen: Sequence[str]) -> dict[str, Entry]:
-    """The models of those names or sources: `MODELS` for none, every one for "all".
-
-    Raises:
-        WrongModel: a name is neither.
-    """
+    """The models of those names or sources: `MODELS` for none, every one for "all"."""
     known = {**MODELS, **MORE}
     if list(chosen) == ["all"]:
         return known
