@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import sys
@@ -18,23 +17,6 @@ from lpln_autopatch.backends import apex, fused, lean, native
 from lpln_autopatch.backends.protocol import Backend as Backend
 from lpln_autopatch.exemption import run_stock
 from lpln_autopatch.precision import Precision
-
-
-@dataclasses.dataclass(frozen=True)
-class _OfAnotherPackage:
-    """A backend of another package, loaded when it is first called if not before.
-
-    If it calls `F.layer_norm`, that is stock, and not lowered by it again.
-    """
-
-    entry_point: EntryPoint
-    where: str
-
-    def __call__(self, *call: Any, **named: Any) -> torch.Tensor:
-        normalise = _load(self.entry_point, self.where)
-        y: torch.Tensor = run_stock("inside a backend", normalise, *call, **named)
-        return y
-
 
 GROUP = "lpln_autopatch.backends"
 """The entry point group of backends that other distributions bring. Each names a `Backend`."""
@@ -67,7 +49,7 @@ def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
         where = f"{argument}={name!r}: the backend {entry_point.value}"
         if not _is_being_imported(entry_point.module):
             _load(entry_point, where)
-        return name, _OfAnotherPackage(entry_point, where)
+        return name, _of_another_package(entry_point, where)
     raise ValueError(f"{argument}={name!r} is not a backend. Valid: auto, {', '.join(names())}.")
 
 
@@ -82,6 +64,17 @@ def _load(entry_point: EntryPoint, where: str) -> Backend:
     if not callable(backend):
         raise ImportError(f"{where} is {backend!r}, not a function. Name another one.")
     return backend
+
+
+@functools.cache  # a request that is made again is equal to the first
+def _of_another_package(entry_point: EntryPoint, where: str) -> Backend:
+    """A backend that is loaded when it is called, if not before. What it calls is stock."""
+
+    def normalise(*call: Any, **named: Any) -> torch.Tensor:
+        y: torch.Tensor = run_stock("inside a backend", _load(entry_point, where), *call, **named)
+        return y
+
+    return torch_compat.never_a_frame_of_its_own(normalise)
 
 
 def _is_being_imported(module: str) -> bool:
@@ -117,6 +110,3 @@ def automatic(precision: Precision) -> str:
         )
         return "native"
     return "apex"
-
-
-torch_compat.never_a_frame_of_its_own(_OfAnotherPackage.__call__)

@@ -20,7 +20,6 @@ Source:
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, MutableMapping
 
 import torch
@@ -129,10 +128,9 @@ def _were_few(parameter: torch.nn.Parameter, unrecoverable: Tensor, reserved: in
 @functools.cache
 def _counts() -> MutableMapping[Tensor, Tensor]:
     """The last count of each parameter that has arrived on the host."""
-    # Not at the top: until torch 2.0 there is none.
-    counts: MutableMapping[Tensor, Tensor]
-    counts = importlib.import_module("torch.utils.weak").WeakTensorKeyDictionary()
-    return counts
+    from torch.utils.weak import WeakTensorKeyDictionary  # until torch 2.0 there is none
+
+    return WeakTensorKeyDictionary()
 
 
 def _pinned(count: Tensor) -> Tensor:
