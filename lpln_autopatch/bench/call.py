@@ -40,7 +40,7 @@ def groups(device: torch.device) -> tuple[list[Contender], list[Contender]]:
     # On CPU fused hands every call to native, and lean is not for it.
     ours = ("native",) if device.type == "cpu" else ("native", "fused", "lean")
     lowered = [Contender(f"lowered ({name})", backend=name) for name in ours]
-    functions = [("stock", contenders.stock.layer_norm), ("inert", F.layer_norm)]
+    functions = [("stock", contenders.stock_layer_norm), ("inert", F.layer_norm)]
     return (
         [STOCK, Contender("inert"), *lowered, RECIPE],
         [Contender(f"{name} F.layer_norm", function=each) for name, each in functions],
