@@ -56,7 +56,7 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
         from lpln_autopatch.activation import enable_from
 
         if os.environ.get("LPLN_EXEMPT"):
-            from lpln_autopatch.exempt_by_name import ByName
+            from lpln_autopatch.exemption import ByName
 
             ByName(os.environ["LPLN_EXEMPT"]).install()
         enable_from(os.environ[_VARIABLE], "auto", None, "environment", _VARIABLE)

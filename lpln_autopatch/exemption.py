@@ -1,9 +1,15 @@
-"""What keeps calls stock: exempt modules, and whatever else runs a function stock."""
+"""What keeps calls stock: exempt modules, and whatever else runs a function stock.
+
+Modules are exempt by a call, or by their names, from the moment they become part of a model.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,11 +18,15 @@ from lpln_autopatch.torch_compat import (
     HOOKS_RUN_ALWAYS,
     drop_compiled_code_that_cannot_follow,
     never_a_frame_of_its_own,
+    on_module_registration,
     remove_forward_hooks,
 )
 
 MARK = "_lpln_autopatch_exempt"
 """The attribute that marks a module as exempt."""
+
+BY_NAME = "LPLN_EXEMPT"
+"""The mark of a module that is exempt by its name: modules that are added to it inherit it."""
 
 BENEATH = "beneath another patcher"
 """Why another patcher's function, which ours calls and then rounds, runs stock."""
@@ -24,6 +34,8 @@ BENEATH = "beneath another patcher"
 # Counts the calls of `mark`, for compiled code: Dynamo does not guard on a module's hooks. A
 # string, because Dynamo may make a symbol of an integer that changes.
 changes = "0"
+
+_logger = logging.getLogger("lpln_autopatch")
 
 
 class _Thread(threading.local):
@@ -94,6 +106,72 @@ def _may_call_a_norm_itself(module: torch.nn.Module) -> bool:
         return True
     home = getattr(type(module).forward, "__module__", None) or ""
     return not home.startswith(("torch.nn.", "torch.jit.", "lpln_autopatch."))
+
+
+class ByName:
+    """Marks modules whose name ends as one of `patterns` says, when one becomes part of another.
+
+    A name is known as soon as a module is registered in another, in whatever order a model is put
+    together: its own in its parent, that one's in the next, and so on. The end of the name is
+    matched, because nothing says which module is the outermost.
+
+    Args:
+        patterns: Ends of names, as `named_modules` has them, with commas between them. In each
+            component `*`, `?` and `[...]` are those of file names.
+    """
+
+    def __init__(self, patterns: str) -> None:
+        self._patterns = [
+            # In front of an end it says nothing, as in "*.norm".
+            pattern.removeprefix("*.").split(".")
+            for pattern in map(str.strip, patterns.split(","))
+            if pattern
+        ]
+        # The parents of each module, and its name in each.
+        self._parents: MutableMapping[
+            torch.nn.Module, list[tuple[weakref.ref[torch.nn.Module], str]]
+        ] = weakref.WeakKeyDictionary()
+
+    def install(self) -> Any:
+        """Watch every registration from now on; the handle that is returned ends that."""
+        return on_module_registration(self._register)
+
+    def _register(self, parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
+        if module is None:
+            return
+        parents, entry = self._parents.setdefault(module, []), (weakref.ref(parent), name)
+        if entry not in parents:
+            parents.append(entry)
+        if vars(parent).get(MARK) == BY_NAME:
+            _mark_by_name(module, name)
+            return
+        for inner, submodule in module.named_modules():
+            path = [name, *inner.split(".")] if inner else [name]
+            if any(self._matches(pattern, path, parent) for pattern in self._patterns):
+                _mark_by_name(submodule, ".".join(path))
+
+    def _matches(self, pattern: Sequence[str], path: list[str], parent: torch.nn.Module) -> bool:
+        above = self._above(parent, len(pattern) - len(path))
+        return any(_ends_as([*names, *path], pattern) for names in above)
+
+    def _above(self, module: torch.nn.Module | None, count: int) -> Iterator[list[str]]:
+        """The last `count` components of each name that `module`, if it is still there, has."""
+        if count <= 0:
+            yield []
+        elif module is not None:
+            for parent, name in self._parents.get(module, ()):
+                yield from ([*names, name] for names in self._above(parent(), count - 1))
+
+
+def _ends_as(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    return all(map(fnmatchcase, path[-len(pattern) :], pattern))
+
+
+def _mark_by_name(module: torch.nn.Module, name: str) -> None:
+    if vars(module).get(MARK) == BY_NAME:
+        return
+    mark(module, BY_NAME)
+    _logger.info("%s: %s is exempt", BY_NAME, name)
 
 
 for _function in (why_stock, run_stock, _enter, _leave):

@@ -12,7 +12,7 @@ from support import A_ROUTE, needs_dynamo, output_dtype, run_python
 from torch import nn
 
 import lpln_autopatch as lpln
-from lpln_autopatch.exempt_by_name import ByName
+from lpln_autopatch.exemption import ByName
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
 pytestmark = pytest.mark.skipif(TORCH_VERSION < (2, 0), reason="modules tell since torch 2.0")
