@@ -82,29 +82,24 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
 
 def tasks(options: Namespace) -> list[tuple[dict[str, Any], Callable[..., Any], torch.dtype]]:
     """The cases, each with what makes its training from a dtype and a seed, and its dtype."""
-    # On CPU float16 has few kernels, and a step of it takes many times one of bfloat16.
-    on_cpu = options.device.type == "cpu"
-    dtypes = options.dtypes or ([torch.bfloat16] if on_cpu else [torch.bfloat16, torch.float16])
-    few = 3 if on_cpu and options.policy is None else 5
+    under_policy, on_cpu = options.policy is not None, options.device.type == "cpu"
+    few = 3 if on_cpu and not under_policy else 5
     seeds = options.seeds or (2 if options.quick else few)
-    usual = 1000 if options.policy is not None else 200 if on_cpu else 400
-    steps = options.steps or (20 if options.quick else usual)
-    kinds: list[tuple[str, Callable[..., Any], torch.dtype, int]]
-    kinds = [("text", partial(_text, options), dtype, steps) for dtype in dtypes]
-    if options.policy is not None:
-        shorter = options.steps or (20 if options.quick else 500)
-        kinds += [
-            ("digits", partial(digits, options.lr or 2e-3), d, shorter)
-            for d in options.dtypes or (torch.bfloat16, torch.float16)
-        ]
-    return [
-        (
-            {"task": name, "autocast": short(dtype), "steps": steps, "seeds": seeds},
-            partial(task, steps),
-            dtype,
-        )
-        for name, task, dtype, steps in kinds
-    ]
+    both = [torch.bfloat16, torch.float16]
+
+    def task(name: str, make: Callable[..., Any], dtype: torch.dtype, usual: int) -> Any:
+        steps = options.steps or (20 if options.quick else usual)
+        case = {"task": name, "autocast": short(dtype), "steps": steps, "seeds": seeds}
+        return case, partial(make, steps), dtype
+
+    # On CPU float16 has few kernels, and a step of it takes many times one of bfloat16.
+    dtypes = options.dtypes or (both[:1] if on_cpu else both)
+    steps = 1000 if under_policy else 200 if on_cpu else 400
+    found = [task("text", partial(_text, options), dtype, steps) for dtype in dtypes]
+    if under_policy:
+        make = partial(digits, options.lr or 2e-3)
+        found += [task("digits", make, dtype, 500) for dtype in options.dtypes or both]
+    return found
 
 
 def measure(
