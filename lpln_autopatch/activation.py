@@ -52,7 +52,7 @@ def enable(
         ValueError: precision, backend or norms is not a valid name; nothing has changed.
         ImportError: the backend cannot be used here; nothing has changed.
     """
-    enable_from(precision, backend, norms, "enable", "precision")
+    enable_from(precision, backend, norms, "enable")
     return Enabled()
 
 
@@ -106,7 +106,7 @@ class low_precision_layernorm(contextlib.ContextDecorator):
                 f"low_precision_layernorm got {precision!r} as its precision. "
                 "As a decorator it needs parentheses: @low_precision_layernorm()."
             )
-        self._request = Request.parse(precision, backend, norms, "block", "precision")
+        self._request = Request.parse(precision, backend, norms, "block")
         # Threads, and asyncio's tasks, that share one instance must each leave what they entered.
         self._entered: list[tuple[object, object]] = []
 
@@ -163,9 +163,9 @@ def exempt(module: _Module, exempt: bool = True) -> _Module:
     return module
 
 
-def enable_from(precision: object, backend: str, norms: object, source: str, argument: str) -> None:
-    """`enable`, on behalf of `source`. `argument` is where `precision` came from."""
-    request = Request.parse(precision, backend, norms, source, argument)
+def enable_from(precision: object, backend: str, norms: object, source: str) -> None:
+    """`enable`, on behalf of `source`."""
+    request = Request.parse(precision, backend, norms, source)
     if not request.precision.ever_engages:
         request.warn_never_engages(stacklevel=3)
     state.set_base(request)

@@ -59,7 +59,7 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
             from lpln_autopatch.exemption import ByName
 
             ByName(os.environ["LPLN_EXEMPT"]).install()
-        enable_from(os.environ[_VARIABLE], "auto", None, "environment", _VARIABLE)
+        enable_from(os.environ[_VARIABLE], "auto", None, "environment")
         if os.environ.get("LPLN_SUMMARY", "").strip().lower() not in _AS_IF_UNSET:
             from lpln_autopatch import summary
 

@@ -36,19 +36,15 @@ class Request:
     lowering: Lowering
 
     @classmethod
-    def parse(
-        cls, precision: object, backend: str, norms: object, source: str, argument: str
-    ) -> Request:
-        """The request that these names make, or what `enable` raises.
-
-        `argument`, for the error, is where `precision` came from.
-        """
+    def parse(cls, precision: object, backend: str, norms: object, source: str) -> Request:
+        """The request that these names make, or what `enable` raises."""
         # Before our own modules that import it: if this is its first import and LPLN_PRECISION
         # is set, it comes back to us, and must not find one of them half imported.
         import torch
 
         from lpln_autopatch import backends, forward
 
+        argument = "LPLN_PRECISION" if source == "environment" else "precision"
         parsed = Precision.parse(precision, argument)
         named = parse_norms(norms)
         name, normalise = backends.resolve(backend, parsed)
@@ -58,10 +54,10 @@ class Request:
         return cls(parsed, name, named, source, lowering)
 
     @classmethod
-    def again(cls, precision: str, backend: str, source: str) -> Request:
+    def again(cls, precision: str, backend: str) -> Request:
         """What was asked for where a module was saved; natively if its backend is missing here."""
         try:
-            return cls.parse(precision, backend, "layer_norm", source, "precision")
+            return cls.parse(precision, backend, "layer_norm", "surgery")
         except (ImportError, ValueError) as error:
             warnings.warn(
                 "A LayerNorm was saved with a backend that cannot be used here, and is normalised "
@@ -69,7 +65,7 @@ class Request:
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return cls.parse(precision, "native", "layer_norm", source, "precision")
+            return cls.parse(precision, "native", "layer_norm", "surgery")
 
     def warn_never_engages(self, stacklevel: int) -> None:
         """Say that this request lowers nothing."""

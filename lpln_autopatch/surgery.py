@@ -84,8 +84,7 @@ class LPLayerNorm(torch.nn.LayerNorm):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        precision, backend = state["_asked"]
-        self._lowering = Request.again(precision, backend, "surgery").lowering
+        self._lowering = Request.again(*state["_asked"]).lowering
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
@@ -184,7 +183,7 @@ def _give(norm: torch.nn.LayerNorm, request: Request) -> None:
 
 
 def _parse(precision: object, backend: str) -> Request:
-    request = Request.parse(precision, backend, "layer_norm", "surgery", "precision")
+    request = Request.parse(precision, backend, "layer_norm", "surgery")
     if not request.precision.ever_engages:
         request.warn_never_engages(stacklevel=3)
     return request
