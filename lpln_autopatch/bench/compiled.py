@@ -26,6 +26,7 @@ def count(entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype) -> dict[
         between them read and write; kernels: how many of both there are; graphs: forward and
         backward ones, more than two where Dynamo broke the model.
     """
+    from torch._functorch._aot_autograd.utils import make_boxed_func
     from torch._inductor.compile_fx import compile_fx
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -36,12 +37,7 @@ def count(entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype) -> dict[
         counts["kept"] += 0 if is_backward else _kept(gm)
         runs = copy.deepcopy(gm).forward
         _schedule(gm, inputs, is_backward, counts)
-
-        def boxed(arguments: list[Any]) -> Any:
-            return runs(*arguments)
-
-        boxed._boxed_call = True  # type: ignore[attr-defined]
-        return boxed
+        return make_boxed_func(runs)
 
     def backend(gm: Any, inputs: Any) -> Any:
         return compile_fx(gm, inputs, inner_compile=inner)
@@ -60,7 +56,6 @@ def count(entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype) -> dict[
 def _kept(gm: Any) -> int:
     """Bytes of what a forward graph gives beyond what the model does."""
     metadata: Any = torch._guards.TracingContext.get().fw_metadata
-    assert metadata is not None
     outputs = gm.graph.output_node().args[0][metadata.num_forward_returns :]
     kept: dict[int, int] = {}
     for node in outputs:

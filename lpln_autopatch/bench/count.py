@@ -19,7 +19,6 @@ from lpln_autopatch import backends
 from lpln_autopatch.bench import compiled, counting, emulated, zoo
 from lpln_autopatch.bench.batches import loss_of
 from lpln_autopatch.bench.contenders import Contender, sift
-from lpln_autopatch.bench.policy import MissingPart
 from lpln_autopatch.bench.recipe import ComposerRecipe
 from lpln_autopatch.bench.results import Row, not_measured, short
 from lpln_autopatch.bench.timing import Progress
@@ -54,7 +53,7 @@ def contenders(mode: str, norms: str) -> list[Contender]:
 def run(options: Namespace, progress: Progress) -> list[Row]:
     """Count every model in every mode and autocast dtype.
 
-    A wrong model, or a torch without the parts, ends the process with a line and status 2.
+    A wrong model ends the process with a line and status 2.
     """
     rows: list[Row] = []
     try:
@@ -70,7 +69,7 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
         if expected and not any(row.figures for row in rows):
             last = rows[-1]
             raise zoo.WrongModel(f"{last.case['model']} cannot be counted: {last.reason}")
-    except (MissingPart, zoo.WrongModel) as error:
+    except zoo.WrongModel as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from error
     return rows

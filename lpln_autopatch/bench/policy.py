@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
 HEADER = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
 LISTS = {
@@ -29,10 +29,6 @@ LISTS = {
 OVERLOADS_WITH_DTYPE = {"Scalar": "ScalarOpt_dtype", "ScalarOpt_dim": "ScalarOpt_dim_dtype"}
 
 
-class MissingPart(Exception):
-    """This torch lacks something that counting needs: which, in a line."""
-
-
 def lists() -> dict[str, str]:
     """The rule of every operator on CUDA's lists, by `name` or `name.overload`."""
     text = HEADER.read_text() if HEADER.exists() else ""
@@ -40,7 +36,7 @@ def lists() -> dict[str, str]:
     for macro, rule in LISTS.items():
         found = re.search(rf"#define {macro}\(_\)((?:.*\\\n)*.*\n)", text)
         if found is None:
-            raise MissingPart(f"torch {torch.__version__} has no list {macro}; 2.13 has.")
+            raise RuntimeError(f"torch {torch.__version__} has no list {macro}; 2.13 has.")
         pattern = r'"(\w+\.\w+)"' if rule == "float32 by overload" else r"_\((\w+(?:, \w+)?)\)"
         for name in re.findall(pattern, found[1]):
             rules[name.replace(", ", ".")] = rule
@@ -99,7 +95,7 @@ class Policy:
         return kernel
 
     def _has_float32(self, values: Any) -> bool:
-        return any(self._eligible(v) and v.dtype is torch.float32 for v in tree_flatten(values)[0])
+        return any(self._eligible(v) and v.dtype is torch.float32 for v in tree_leaves(values))
 
     def _eligible(self, value: object) -> bool:
         return (
@@ -147,7 +143,7 @@ def policy(device_type: str = "cpu") -> Iterator[Policy]:
     inside. What was compiled outside must not be run inside, nor the reverse.
 
     Raises:
-        MissingPart: this torch has no such lists.
+        RuntimeError: this torch has no such lists.
     """
     chosen = Policy(device_type)
     new: Any = torch.library.Library
