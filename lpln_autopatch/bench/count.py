@@ -60,13 +60,11 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
         emulated.add_device()
         cases = _cases(options, rows)
         progress.expect(len(cases), len(cases))
-        expected = bool(cases)
-        while cases:
-            case, entry, model, dtype = cases.pop(0)
+        for case, entry, model, dtype in cases:
             progress.case(case["model"], case["mode"], case["autocast"])
             rows += _count(case, entry, model, dtype)
             progress.update()
-        if expected and not any(row.figures for row in rows):
+        if cases and not any(row.figures for row in rows):
             last = rows[-1]
             raise zoo.WrongModel(f"{last.case['model']} cannot be counted: {last.reason}")
     except zoo.WrongModel as error:
