@@ -64,10 +64,6 @@ class Policy:
             elif torch._C._dispatch_has_kernel_for_dispatch_key(name, self.key):
                 library.impl(short, torch.library.fallthrough_kernel)
 
-    def forget_casts(self) -> None:
-        """What the end of an autocast region does to the casts of weights."""
-        self._casts.clear()
-
     def is_cast_of_weight(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` lies in a cast that the region keeps."""
         storage = tensor.untyped_storage()._cdata
@@ -150,9 +146,9 @@ def policy(device_type: str = "cpu") -> Iterator[Policy]:
     library, others = new("aten", "IMPL", chosen.key), new("_", "IMPL", chosen.key)
     clear = torch.clear_autocast_cache
 
-    def clear_both() -> None:
+    def clear_both() -> None:  # at the end of an autocast region
         clear()
-        chosen.forget_casts()
+        chosen._casts.clear()
 
     try:
         with warnings.catch_warnings():
