@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from private_names import PRIVATE_NAMES, Name
 
 import lpln_autopatch
-from lpln_autopatch.private_names import PRIVATE_NAMES, Name
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
 PACKAGE = Path(lpln_autopatch.__file__).parent
-SOURCES = {
-    path: path.read_text()
-    for path in PACKAGE.rglob("*.py")
-    if path.parent.name != "bench" and path.stem != "private_names"
-}
+SOURCES = {path: path.read_text() for path in PACKAGE.rglob("*.py") if path.parent.name != "bench"}
 TREES = [ast.parse(source) for source in SOURCES.values()]
 
 # Keys of dictionaries and attributes that this package or Python gives its own meaning.

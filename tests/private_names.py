@@ -1,7 +1,7 @@
 """The private names of torch that this package uses, and what will replace each of them.
 
-Nothing here runs in a program. `tests/test_torch_compat.py` fails by name where torch lacks one of
-them, and where the package uses one that is not in this table. The benchmark is not covered.
+test_torch_compat.py fails by name where torch lacks one of them, and where the package uses one
+that is not in this table. The benchmark is not covered.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ PRIVATE_NAMES = {
         Name("torch._dynamo.trace_rules.torch_name_rule_map", since=(2, 5)),
         Name("torch._dynamo.trace_rules.get_torch_obj_rule_map", since=(2, 5)),
     ],
-    "None: torch.compiler says nobody that a compilation runs, or ends.": [
+    "None: torch.compiler tells nobody that a compilation runs, or ends.": [
         Name("torch._dynamo.convert_frame.compile_lock", since=(2, 5)),
         Name("torch._dynamo.callback_handler.end_callbacks", since=(2, 5)),
         Name("torch._dynamo.callback_handler.register_end_callback", since=(2, 5)),
