@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,16 +109,86 @@ def run_python(
     Triton compiles there, and does not interpret.
     Not in the folder of the checkout, which `python -c` would import the package from.
     """
-    ours = ("LPLN_", "AUTOWRAPT", "TRITON_INTERPRET")
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     result = subprocess.run(
         [sys.executable, *arguments],
-        env={**inherited, **environment},
+        env={**_inherited(), **environment},
         capture_output=True,
         text=True,
         timeout=timeout,
         cwd=cwd,
     )
-    if check and result.returncode != 0:
+    return _checked(result) if check else result
+
+
+def run_forked(
+    *arguments: str, check: bool = True, timeout: float = 300, cwd: object = ROOT / "tests"
+) -> subprocess.CompletedProcess[str]:
+    """Run Python as `run_python` does, in a fork of a process that has imported torch.
+
+    Importing torch is most of what a small process costs. Where the environment, or the order of
+    imports, is part of the claim, only `run_python` proves it.
+    """
+    if not hasattr(os, "fork"):
+        return run_python(*arguments, check=check, timeout=timeout, cwd=cwd)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        task = [arguments, str(cwd), int(timeout), *map(str, files)]
+        forks = _forks()
+        print(json.dumps(task), file=forks.stdin, flush=True)
+        status = int(forks.stdout.readline())
+        printed = [file.read_text() for file in files]
+    result = subprocess.CompletedProcess(arguments, status, *printed)
+    return _checked(result) if check else result
+
+
+# Reads a task a line, and prints the exit status of the fork that has run it. The fork leaves the
+# loop, so that it ends as every interpreter does.
+FORKS = """
+import json, os, runpy, signal, sys, types
+import torch
+
+for line in sys.stdin:
+    if (pid := os.fork()) == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+else:
+    sys.exit()
+(kind, *sys.argv), folder, timeout, *files = json.loads(line)
+signal.alarm(timeout)
+os.chdir(folder)
+for descriptor, file in enumerate([os.devnull, *files]):
+    os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), descriptor)
+if kind == "-c":
+    code, sys.argv[0], sys.path[0] = sys.argv[0], "-c", ""
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    exec(compile(code, "<string>", "exec"), vars(main))
+elif kind == "-m":
+    sys.path[0] = folder
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    sys.argv.insert(0, kind)
+    sys.path[0] = os.path.dirname(kind)
+    runpy.run_path(kind, run_name="__main__")
+"""
+
+
+@functools.cache
+def _forks() -> subprocess.Popen[str]:
+    """The process that forks, one for each process that runs tests."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    environment = {**_inherited(), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", FORKS], env=environment, text=True, **pipes)
+    atexit.register(process.communicate)
+    return process
+
+
+def _inherited() -> dict[str, str]:
+    """The environment of the tests, without our variables, and Triton's that makes it interpret."""
+    ours = ("LPLN_", "AUTOWRAPT", "TRITON_INTERPRET")
+    return {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+
+
+def _checked(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    if result.returncode != 0:
         pytest.fail(f"exit {result.returncode}\n{result.stdout}\n{result.stderr}")
     return result

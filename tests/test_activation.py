@@ -16,7 +16,7 @@ import importlib_metadata
 import pytest
 import torch
 import wrapt
-from support import AUTOCAST_DTYPES, autocast, output_dtype, run_python
+from support import AUTOCAST_DTYPES, autocast, output_dtype, run_forked
 
 import lpln_autopatch as lpln
 from lpln_autopatch import NoEffectWarning, low_precision_layernorm
@@ -456,7 +456,7 @@ def test_threads_that_activate_first_share_one_patch():
         lpln.disable()
         print(torch.nn.functional.layer_norm is original, lpln.status().installed)
     """
-    assert run_python("-c", textwrap.dedent(code)).stdout.split() == ["True", "False"]
+    assert run_forked("-c", textwrap.dedent(code)).stdout.split() == ["True", "False"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork; Linux CI has it")

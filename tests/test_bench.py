@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from support import autocast, output_dtype, run_python
+from support import autocast, output_dtype, run_forked, run_python
 
 from lpln_autopatch.bench import call, suites, timing
 from lpln_autopatch.bench.call import Layer
@@ -39,8 +39,7 @@ def bench(folder: Path, *arguments: str) -> tuple[str, dict[str, list[dict]]]:
     """What a quick run prints, and the suites of the JSON that it writes."""
     file = folder / "figures.json"
     command = ["-m", "lpln_autopatch", "bench", *arguments, "--device", "cpu", "--quick"]
-    # Two threads would wait for each other for longer than such small models take.
-    result = run_python(*command, "--json", str(file), timeout=600, OMP_NUM_THREADS="1")
+    result = run_forked(*command, "--json", str(file), timeout=600)
     printed = result.stdout
     content = json.loads(file.read_text())
     assert content["command"].startswith("python -m lpln_autopatch bench ")
@@ -467,7 +466,7 @@ def test_backend_of_the_environment_is_refused(monkeypatch):
 @recipe_runs
 def test_error_prints_every_contender():
     """The error table runs as documented, and lowered is not above Composer's recipe in it."""
-    printed = run_python("-m", "lpln_autopatch.bench.error", "--rows", "64").stdout
+    printed = run_forked("-m", "lpln_autopatch.bench.error", "--rows", "64").stdout
     rows = [line.split() for line in printed.splitlines()]
     lowered = [list(map(float, row[1:])) for row in rows if row[:1] == ["lowered"]]
     composer = [list(map(float, row[2:])) for row in rows if row[:1] == ["Composer's"]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import run_python
+from support import run_forked
 
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
@@ -44,15 +44,26 @@ def count(folder: Path, *arguments: str) -> tuple[str, dict[str, dict]]:
     (folder / "small.py").write_text(SMALL)
     file = folder / "figures.json"
     command = ["-m", "lpln_autopatch", "bench", "count", *arguments, "--json", str(file)]
-    printed = run_python(*command, PYTHONPATH=str(folder)).stdout
+    printed = run_forked(*command, cwd=folder).stdout
     rows = json.loads(file.read_text())["suites"]["count"]
-    return printed.partition("count:")[2], {row["contender"]: row["figures"] for row in rows}
+    figures = {row["contender"]: row["figures"] for row in rows if row["figures"]}
+    return printed.partition("count:")[2], figures
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_small_model_is_as_counted_by_hand(tmp_path, dtype):
+@pytest.fixture(scope="module", params=["bfloat16", "float16"])
+def counted(request, tmp_path_factory):
+    """What is printed, and the figures, of a model that can be run beside one that cannot."""
+    models = ("--models", "small:make", "small:fails")
+    return count(tmp_path_factory.mktemp("count"), *models, "--dtype", request.param)
+
+
+shares_a_run = pytest.mark.xdist_group("count")  # one worker: the module's fixture runs once
+
+
+@shares_a_run
+def test_small_model_is_as_counted_by_hand(counted):
     """Kept bytes, and those of the norm and of the casts, are the sums of what PyTorch needs."""
-    _, figures = count(tmp_path, "--models", "small:make", "--dtype", dtype)
+    _, figures = counted
     x = 4 * 8  # elements of x, of the norm's input and of its output
     statistics = 2 * 4 * 4  # mean and 1 / std of four rows, float32
     stock, native = figures["stock"], figures["native"]
@@ -76,9 +87,12 @@ def test_small_model_is_as_counted_by_hand(tmp_path, dtype):
     assert figures["recipe"] == native  # Composer's recipe is what native does there
 
 
-def test_two_runs_print_the_same(tmp_path):
+@shares_a_run
+@pytest.mark.parametrize("counted", ["bfloat16"], indirect=True)
+def test_two_runs_print_the_same(counted, tmp_path):
     """There is neither a clock nor chance in it."""
-    assert count(tmp_path, "--models", "small:make") == count(tmp_path, "--models", "small:make")
+    models = ("--models", "small:make", "small:fails")
+    assert count(tmp_path, *models, "--dtype", "bfloat16") == counted
 
 
 def test_compiled_is_counted_from_its_graphs(tmp_path):
@@ -90,9 +104,10 @@ def test_compiled_is_counted_from_its_graphs(tmp_path):
     assert figures["recipe"]["kept"] <= figures["stock"]["kept"]
 
 
-def test_model_that_cannot_be_run_leaves_the_others(tmp_path):
+@shares_a_run
+def test_model_that_cannot_be_run_leaves_the_others(counted):
     """It is a line that says why; what was counted before is printed and written."""
-    printed, figures = count(tmp_path, "--models", "small:make", "small:fails")
+    printed, figures = counted
     assert figures["native"]["kept"] > 0
     assert "not measured: stock, model small:fails" in printed
 
@@ -111,7 +126,7 @@ def test_wrong_model_is_one_line(tmp_path, model, message):
     """A model that is not there, or cannot be run: one line that says why, status 2."""
     (tmp_path / "small.py").write_text(SMALL)
     command = ["-m", "lpln_autopatch", "bench", "count", "--models", model]
-    result = run_python(*command, check=False, PYTHONPATH=str(tmp_path))
+    result = run_forked(*command, check=False, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     *before, line = result.stderr.splitlines()
     assert message in line
@@ -225,7 +240,7 @@ for contender in (Contender("stock"), Contender("recipe", ComposerRecipe)):
 
 def test_kept_bytes_are_those_of_real_training(tmp_path):
     """What is counted on the emulated accelerator is what training on the CPU keeps."""
-    printed = run_python("-c", KEPT.format(folder=str(tmp_path))).stdout
+    printed = run_forked("-c", KEPT.format(folder=str(tmp_path))).stdout
     pairs = [tuple(map(int, line.split())) for line in printed.splitlines()]
     (stock, counted_stock), (recipe, counted_recipe) = pairs
     random_state = 24  # of the flash kernel; the CPU's has none
@@ -265,7 +280,7 @@ with emulated.accelerator(), torch.autocast(emulated.NAME, dtype=torch.bfloat16)
 
 def test_native_takes_its_accelerators_path_where_the_device_is_no_cpu():
     """x is rounded first; an inner region stays stock; a checkpoint is recomputed as it was."""
-    printed = run_python("-c", ON_THE_ACCELERATOR).stdout.replace("torch.", "").splitlines()
+    printed = run_forked("-c", ON_THE_ACCELERATOR).stdout.replace("torch.", "").splitlines()
     assert printed == [
         "stock float32",
         "lowered bfloat16 ToCopyBackward0",

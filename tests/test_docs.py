@@ -26,7 +26,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from support import ROOT, needs_library
+from support import ROOT, needs_library, run_forked
 
 import lpln_autopatch
 from lpln_autopatch.torch_compat import TORCH_VERSION
@@ -118,7 +118,9 @@ def programs_of(block: Block) -> set[str]:
 def run_python_block(block: Block, folder: Path) -> str:
     script = folder / f"{block.page.stem}_{block.line}.py"
     script.write_text("\n" * (block.line - 1) + block.code)  # a traceback gives the page's lines
-    return run([sys.executable, str(script)], folder)
+    result = run_forked(str(script), check=False, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return result.stderr + result.stdout
 
 
 def run_bash_block(block: Block, folder: Path) -> str:

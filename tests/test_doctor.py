@@ -21,6 +21,27 @@ if TORCH_VERSION < (2, 5):
     del ROUTES["torch.backends"]
 
 
+# Both outputs of one diagnosis, and the exit status of both.
+BOTH = """
+import contextlib, sys
+from lpln_autopatch import __main__, doctor
+with contextlib.redirect_stdout(sys.stderr):
+    found = doctor.diagnose()
+doctor.diagnose = lambda: found
+as_json = __main__.main(["--json"])
+print("---")
+as_text = __main__.main([])
+sys.exit(as_text if as_text == as_json else 3)
+"""
+
+
+def both(**environment):
+    """The exit status, what it found in JSON, and the last line for people."""
+    result = run_python("-c", BOTH, check=False, **environment)
+    as_json, _, text = result.stdout.partition("---\n")
+    return result.returncode, json.loads(as_json), text.splitlines()[-1]
+
+
 def doctor(**environment):
     """Run it, and give its exit status and what it found."""
     result = run_python("-m", "lpln_autopatch", "--json", check=False, **environment)
@@ -52,16 +73,11 @@ def test_norms_are_those_of_the_variable():
 @pytest.mark.parametrize("value", ["", "off"])
 def test_nothing_asked_for_is_no_problem(value):
     """With the variable unset or off nothing is in force, and the exit status is 0."""
-    status, found = doctor(LPLN_PRECISION=value, **A_ROUTE)
+    status, found, last = both(LPLN_PRECISION=value, **A_ROUTE)
     assert (status, found["problem"], found["acted"], found["precision"]) == (0, None, None, None)
     assert not found["installed"]
     assert found["environment"]["LPLN_PRECISION"] == value
-
-
-def test_value_that_turns_off_is_said():
-    """The last line gives the value that LPLN_PRECISION has."""
-    shown = run_python("-m", "lpln_autopatch", LPLN_PRECISION="off", **A_ROUTE).stdout
-    assert shown.splitlines()[-1] == "LPLN_PRECISION is 'off': LayerNorm is as PyTorch has it."
+    assert last == f"LPLN_PRECISION is {value!r}: LayerNorm is as PyTorch has it."
 
 
 @pytest.mark.parametrize(
@@ -83,18 +99,11 @@ def test_value_that_turns_off_is_said():
     ],
 )
 def test_problem_is_exit_status_1_with_the_reason(environment, problem):
-    """LPLN_PRECISION is set and nothing is lowered: status 1, and the reason as the last line."""
-    result = run_python("-m", "lpln_autopatch", check=False, **environment)
-    assert result.returncode == 1
-    last = result.stdout.splitlines()[-1]
-    assert last.startswith(f"LPLN_PRECISION does not lower LayerNorm: {problem}")
-
-
-def test_problem_is_in_the_json():
-    """The reason by itself, and exit status 1 there too."""
-    status, found = doctor(LPLN_PRECISION="bf61", **A_ROUTE)
+    """LPLN_PRECISION is set and nothing is lowered: status 1, in JSON and as the last line."""
+    status, found, last = both(**environment)
     assert status == 1
-    assert found["problem"].startswith("LPLN_PRECISION='bf61' is not a precision")
+    assert found["problem"].startswith(problem)
+    assert last == f"LPLN_PRECISION does not lower LayerNorm: {found['problem']}"
 
 
 def test_patcher_that_hides_us_is_a_problem(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from support import NO_CPP, ROOT, run_python
+from support import ROOT, run_forked, run_python
 
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
@@ -14,32 +16,48 @@ pytestmark = pytest.mark.skipif(
 SCRIPT = str(ROOT / "docs" / "examples" / "train.py")
 SMALL = ("--steps", "20", "--width", "32", "--layers", "2", "--heads", "2", "--context", "32")
 
-# The script as it is, but Inductor generates no C++.
-WITHOUT_CPP = f"""
-import runpy, sys
-import torch._inductor.config
-for name, value in {NO_CPP}.items():
-    setattr(torch._inductor.config, name, value)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+OPTIONS = {"eager": [], "float16": ["--dtype", "float16"], "compiled": ["--compile"]}
+
+# The script as it is, once for each list of options. What Inductor makes of it does not matter.
+RUNS = """
+import functools, json, runpy, sys
+import torch
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+for options in json.loads(sys.argv[1]):
+    sys.argv = options
+    runpy.run_path(options[0], run_name="__main__")
+    print("---")
 """
 
 
-def train(*options: str, precision: str = "") -> dict[str, str]:
-    """Run the script on CPU, and its summary."""
-    arguments = [SCRIPT, "--device", "cpu", *SMALL, *options]
-    if "--compile" in options:
-        arguments = ["-c", WITHOUT_CPP, *arguments]
-    result = run_python(*arguments, LPLN_PRECISION=precision, timeout=600)
-    assert "20/20" in result.stderr  # the progress bar
-    return dict(line.split("\t") for line in result.stdout.splitlines())
+def train(precision: str) -> dict[str, dict[str, str]]:
+    """The summary of the script on CPU, for each of OPTIONS."""
+    runs = [[SCRIPT, "--device", "cpu", *SMALL, *options] for options in OPTIONS.values()]
+    result = run_python("-c", RUNS, json.dumps(runs), LPLN_PRECISION=precision, timeout=600)
+    assert result.stderr.count("20/20") >= len(OPTIONS)  # the progress bar
+    printed = [part.splitlines() for part in result.stdout.split("---\n")[:-1]]
+    summaries = [dict(line.split("\t") for line in lines) for lines in printed]
+    return dict(zip(OPTIONS, summaries, strict=True))
 
 
-@pytest.mark.parametrize("options", [(), ("--compile",), ("--dtype", "float16")], ids=str)
-def test_variable_lowers_every_layernorm_of_the_script(options):
+@pytest.fixture(scope="module")
+def stock():
+    """Its summaries without the variable."""
+    return train("")
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    """Its summaries under LPLN_PRECISION=amp."""
+    return train("amp")
+
+
+@pytest.mark.xdist_group("example")  # one worker: the module's fixtures run once
+@pytest.mark.parametrize("how", OPTIONS)
+def test_variable_lowers_every_layernorm_of_the_script(stock, lowered, how):
     """Stock gives float32 LayerNorms, LPLN_PRECISION=amp the autocast dtype; both learn."""
-    stock, lowered = train(*options), train(*options, precision="amp")
-    dtype = "torch.float16" if "float16" in options else "torch.bfloat16"
+    stock, lowered = stock[how], lowered[how]
+    dtype = "torch.float16" if how == "float16" else "torch.bfloat16"
     assert stock["LayerNorm output dtypes"] == "torch.float32"
     assert lowered["LayerNorm output dtypes"] == dtype
     assert stock.keys() == lowered.keys()
@@ -59,6 +77,6 @@ def test_script_knows_nothing_of_the_package():
 
 def test_too_few_steps_are_refused():
     """Steps that would all be warm-up: an error that says so."""
-    result = run_python(SCRIPT, "--steps", "5", check=False)
+    result = run_forked(SCRIPT, "--steps", "5", check=False)
     assert result.returncode == 2
     assert "--steps 5" in result.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import run_python
+from support import run_forked
 
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
@@ -63,8 +63,6 @@ def test_exported_program_gives_what_the_eager_one_gave(how):
     A backend sees no tensor of the export. In a process of its own, for the list of the CPU's
     autocast is changed.
     """
-    first, seen, *rest = run_python(
-        "-W", "ignore", "-c", EXPORTED_UNDER_CUDAS_LISTS, how
-    ).stdout.splitlines()
+    first, seen, *rest = run_forked("-c", EXPORTED_UNDER_CUDAS_LISTS, how).stdout.splitlines()
     assert (first, seen) == ("{torch.float32}", "[]")
     assert rest == ["{torch.bfloat16} True", "[True, True, True]"] * 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import needs_gpu, run_elsewhere, run_python
+from support import needs_gpu, run_elsewhere, run_forked
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -652,7 +652,7 @@ def test_more_elements_than_32_bits_count():
 @runs_kernels
 def test_kernels_compile_for_a_gpu_that_is_not_here():
     """Triton compiles the tiles that are launched for compute capability 9.0, to machine code."""
-    printed = run_python("-c", COMPILE).stdout
+    printed = run_forked("-c", COMPILE).stdout
     assert printed.split() == ["forward", "backward"] * 4 + ["reduce"] * 3
 
 
@@ -717,7 +717,7 @@ def test_missing_triton_is_named():
             print(error)
         print(lpln_autopatch.status().precision)
     """
-    lines = run_python("-c", textwrap.dedent(code)).stdout.splitlines()
+    lines = run_forked("-c", textwrap.dedent(code)).stdout.splitlines()
     expected = "pip install triton" if TORCH_VERSION >= (2, 6) else "needs torch 2.6"
     assert expected in lines[0]
     assert lines[-1] == "None"
@@ -733,4 +733,4 @@ def test_old_torch_is_refused(monkeypatch):
 def test_triton_is_imported_by_nobody_else():
     """Only the fused backend imports Triton."""
     code = "import lpln_autopatch as l, sys; l.enable(); print('triton.language' in sys.modules)"
-    assert run_python("-c", code).stdout.split()[-1] == "False"
+    assert run_forked("-c", code).stdout.split()[-1] == "False"

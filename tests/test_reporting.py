@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from importlib_metadata import EntryPoint
-from support import autocast, needs_dynamo, run_python
+from support import autocast, needs_dynamo, run_forked
 
 import lpln_autopatch
 from lpln_autopatch import (
@@ -497,7 +497,7 @@ os._exit(0)  # gloo's threads sometimes abort the process while the interpreter 
 @pytest.mark.skipif(TORCH_VERSION < (2, 6), reason="fully_shard is public in torch >= 2.6")
 def test_sharded_and_wrapped_models(tmp_path):
     """The class that fully_shard makes, and what is inside DDP and FSDP, is lowered and said so."""
-    result = run_python("-c", DISTRIBUTED, str(tmp_path / "rendezvous"))
+    result = run_forked("-c", DISTRIBUTED, str(tmp_path / "rendezvous"))
     assert [line.split() for line in result.stdout.splitlines()] == [
         ["-", "True", "torch.bfloat16"],
         ["module.1", "True", "torch.bfloat16"],

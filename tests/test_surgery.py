@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from support import AUTOCAST_DTYPES, ROOT, autocast, needs_dynamo, output_dtype, run_python
+from support import AUTOCAST_DTYPES, autocast, needs_dynamo, output_dtype, run_forked
 from torch import nn
 
 import lpln_autopatch as lpln
@@ -333,7 +333,7 @@ def test_saved_model_whose_backend_is_missing_is_normalised_natively(layer_norm,
             print(model(torch.randn(2, 8)).dtype, len(calls))
     """
     results = [
-        run_python("-c", textwrap.dedent(code), how, str(tmp_path / "model.pt")).stdout.split("\n")
+        run_forked("-c", textwrap.dedent(code), how, str(tmp_path / "model.pt")).stdout.split("\n")
         for how in ("save", "there", "missing")
     ]
     assert results == [
@@ -480,7 +480,7 @@ os._exit(0)  # gloo's threads sometimes abort the process while the interpreter 
 @pytest.mark.skipif(TORCH_VERSION < (2, 6), reason="fully_shard is public in torch >= 2.6")
 def test_fully_sharded_and_ddp_models(tmp_path):
     """Surgery on what fully_shard made of a LayerNorm, and inside a DDP wrapper that exists."""
-    result = run_python("-c", FULLY_SHARD, str(tmp_path / "rendezvous"))
+    result = run_forked("-c", FULLY_SHARD, str(tmp_path / "rendezvous"))
     assert result.stdout.split() == ["1", "torch.bfloat16"] * 2
 
 
@@ -495,5 +495,5 @@ with torch.autocast("cpu", dtype=torch.bfloat16):
     print(norm(torch.randn(4, 8)).dtype)
 print(vars(torch.nn.LayerNorm)["forward"] is original)
 """
-    result = run_python("-c", code, cwd=ROOT / "tests")
+    result = run_forked("-c", code)
     assert result.stdout.split() == ["torch.bfloat16", "True"]

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from support import A_ROUTE, autocast, needs_dynamo, output_dtype, run_python
+from support import A_ROUTE, autocast, needs_dynamo, output_dtype, run_forked, run_python
 
 import lpln_autopatch as lpln
 from lpln_autopatch import low_precision_layernorm
@@ -168,7 +168,7 @@ def test_switching_while_threads_run_compiled_code_never_crashes():
 
     None crashes. Then one process switches for two seconds, and both threads run both variants.
     """
-    result = run_python("-c", SWITCHED_WHILE_COMPILED_CODE_RUNS, check=False, timeout=240)
+    result = run_forked("-c", SWITCHED_WHILE_COMPILED_CODE_RUNS, check=False, timeout=240)
     lines = result.stdout.splitlines()
     assert lines[:2] == ["blocks {0: 50}", "enable and disable {0: 50}"], result.stderr[-2000:]
     assert (result.returncode, lines[2:]) == (0, ["both dtypes"]), result.stderr[-2000:]
@@ -259,7 +259,7 @@ print("alive", any(thread.is_alive() for thread in threads))
 def test_first_activation_while_another_thread_compiles(where):
     """A compile callback, or a compile backend, may ask us meanwhile, and nobody waits for good."""
     code = FIRST_ACTIVATION_DURING_COMPILATION
-    result = run_python("-c", code, where, timeout=150)
+    result = run_forked("-c", code, where, timeout=150)
     assert result.stdout.splitlines() == ["in time True", "torch.float32", "alive False"]
 
 
@@ -323,7 +323,7 @@ def test_dynamo_is_told_once_by_threads_that_activate_first():
             thread.join()
         print(errors)
     """
-    assert run_python("-c", textwrap.dedent(code)).stdout == "[]\n"
+    assert run_forked("-c", textwrap.dedent(code)).stdout == "[]\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork; Linux CI has it")
