@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lpln_autopatch.dynamo import switch
 from lpln_autopatch.torch_compat import (
     HOOKS_RUN_ALWAYS,
     drop_compiled_code_that_cannot_follow,
@@ -74,15 +75,16 @@ def run_stock(reason: str, function: Callable[..., Any], *args: Any, **kwargs: A
 def mark(module: torch.nn.Module, exempt: bool | str) -> None:
     """Mark `module` and every module that is inside it now with `exempt`; False takes marks off."""
     global changes
-    for submodule in module.modules():
-        vars(submodule).pop(MARK, None)
-        remove_forward_hooks(submodule, _enter, _leave)
-        if exempt:
-            setattr(submodule, MARK, exempt)
-            if HOOKS_RUN_ALWAYS and _may_call_a_norm_itself(submodule):
-                submodule.register_forward_pre_hook(_enter, prepend=True)
-                submodule.register_forward_hook(_leave, always_call=True)
-    changes = str(int(changes) + 1)
+    with switch():
+        for submodule in module.modules():
+            vars(submodule).pop(MARK, None)
+            remove_forward_hooks(submodule, _enter, _leave)
+            if exempt:
+                setattr(submodule, MARK, exempt)
+                if HOOKS_RUN_ALWAYS and _may_call_a_norm_itself(submodule):
+                    submodule.register_forward_pre_hook(_enter, prepend=True)
+                    submodule.register_forward_hook(_leave, always_call=True)
+        changes = str(int(changes) + 1)
     drop_compiled_code_that_cannot_follow()
 
 

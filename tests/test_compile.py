@@ -402,10 +402,10 @@ def test_enabling_again_drops_only_what_could_be_stale(model, compile_and_count)
     assert output_dtype(compiled) is BF16
 
 
-def norm_with_pauses(in_the_backend, before_the_norm=None):
+def norm_with_pauses(in_the_backend, before_the_norm=None, norm=None):
     """A compiled norm. While it is first compiled, another thread runs what is given."""
     pauses = {"backend": in_the_backend, "trace": before_the_norm}
-    norm = torch.nn.LayerNorm(8)
+    norm = norm or torch.nn.LayerNorm(8)
 
     @torch._dynamo.assume_constant_result
     def pause(where: str) -> None:
@@ -461,6 +461,16 @@ def test_code_compiled_during_a_later_switch_follows_from_then_on(before, meanwh
     for what in ("disable", "enable", "disable", "enable"):
         switch[what]()
         assert output_dtype(compiled) is {"enable": BF16, "disable": FP32}[what]
+
+
+def test_module_that_is_exempt_since_it_was_traced_is_stock_at_the_next_call(layer_norm):
+    """Another thread exempts it during the compilation."""
+    lpln.enable()
+    compiled = norm_with_pauses(lambda: lpln.exempt(layer_norm), norm=layer_norm)
+    output_dtype(compiled)
+    assert output_dtype(compiled) is FP32
+    lpln.exempt(layer_norm, False)
+    assert output_dtype(compiled) is BF16
 
 
 @pytest.mark.parametrize("thread", ["the compiling one", "another"])
