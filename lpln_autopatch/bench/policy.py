@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 HEADER = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
 LISTS = {
@@ -91,7 +91,7 @@ class Policy:
         return kernel
 
     def _has_float32(self, values: Any) -> bool:
-        return any(self._eligible(v) and v.dtype is torch.float32 for v in tree_leaves(values))
+        return any(self._eligible(v) and v.dtype is torch.float32 for v in tree_flatten(values)[0])
 
     def _eligible(self, value: object) -> bool:
         return (
