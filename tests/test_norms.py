@@ -553,14 +553,17 @@ if "distributed" in sys.argv:
 F = torch.nn.functional
 torch.manual_seed(0)
 norm, linear = torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)
-def f(x):
-    x = linear(x).float()
-    return F.layer_norm(x, (8,)), norm(x)
+def function(x):
+    return F.layer_norm(linear(x).float(), (8,))
+def module(x):
+    return norm(linear(x).float())
+# Each by itself: the guards of one would do for the other, too.
 options = json.loads(sys.argv[2])
-run = torch.compile(f, backend=sys.argv[1], fullgraph=True, options=options)
+runs = [torch.compile(f, backend=sys.argv[1], fullgraph=True, options=options)
+        for f in (function, module)]
 def show():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        print(*(str(y.dtype)[6:] for y in run(torch.ones(4, 8))))
+        print(*(str(run(torch.ones(4, 8)).dtype)[6:] for run in runs))
 show()
 if "toggle" in sys.argv:
     lpln.disable(), show()
