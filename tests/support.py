@@ -97,6 +97,15 @@ def digest(model: torch.nn.Module) -> str:
     return total.hexdigest()
 
 
+def add_distribution(folder: Path, name: str, **backends: str) -> None:
+    """Put a distribution into `folder` whose entry points bring `backends`."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    lines = [f"{backend} = {value}\n" for backend, value in backends.items()]
+    (info / "entry_points.txt").write_text("[lpln_autopatch.backends]\n" + "".join(lines))
+
+
 def run_python(
     *arguments: str,
     check: bool = True,

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from support import A_ROUTE, autocast, output_dtype, run_python
+from support import A_ROUTE, add_distribution, autocast, output_dtype, run_python
 
 import lpln_autopatch as lpln
 from lpln_autopatch import (
@@ -355,13 +355,8 @@ def faulty_package(tmp_path):
     """A folder with a distribution whose backends fail in different ways."""
     (tmp_path / "raises_at_import.py").write_text("raise RuntimeError('no driver')")
     (tmp_path / "not_a_function.py").write_text("normalise = 'a name'")
-    info = tmp_path / "faulty-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[lpln_autopatch.backends]\nraises = raises_at_import:normalise\n"
-        "constant = not_a_function:normalise\nmissing = no_such_module:normalise\n"
-    )
+    backends = {"raises": "raises_at_import:normalise", "constant": "not_a_function:normalise"}
+    add_distribution(tmp_path, "faulty", **backends, missing="no_such_module:normalise")
     return str(tmp_path)
 
 
@@ -430,11 +425,7 @@ def test_backend_that_imports_torch_may_be_imported_first(tmp_path, package):
         "    return torch.layer_norm(x, shape, weight, bias, eps).to(dtype)\n"
         "not_a_function = 0\n"
     )
-    (tmp_path / "half-1.0.dist-info").mkdir()
-    (tmp_path / "half-1.0.dist-info" / "METADATA").write_text("Name: half\nVersion: 1.0\n")
-    (tmp_path / "half-1.0.dist-info" / "entry_points.txt").write_text(
-        "[lpln_autopatch.backends]\nhalf = half:normalise\nwrong = half:not_a_function\n"
-    )
+    add_distribution(tmp_path, "half", half="half:normalise", wrong="half:not_a_function")
     environment = {"PYTHONPATH": f"{A_ROUTE['PYTHONPATH']}:{tmp_path}"}
     code = "import half, torch, lpln_autopatch\n" + NORMS_DTYPE + "print(dtype(), half.calls)\n"
     code += "print(lpln_autopatch.status().backend)"

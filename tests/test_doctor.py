@@ -7,7 +7,7 @@ import sys
 import types
 
 import pytest
-from support import A_ROUTE, run_python
+from support import A_ROUTE, add_distribution, run_python
 
 from lpln_autopatch.__main__ import main
 from lpln_autopatch.torch_compat import TORCH_VERSION
@@ -200,13 +200,8 @@ def test_backends_are_listed_usable_or_not(tmp_path):
         "print('imported')\ndef refuses(*arguments):\n    raise KeyError('no')"
     )
     (tmp_path / "exits.py").write_text("raise SystemExit(3)")
-    info = tmp_path / "thirdparty-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: thirdparty\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[lpln_autopatch.backends]\nrefuses = thirdparty:refuses\nbroken = thirdparty:missing\n"
-        "exits = exits:anything\n"
-    )
+    backends = {"refuses": "thirdparty:refuses", "broken": "thirdparty:missing"}
+    add_distribution(tmp_path, "thirdparty", **backends, exits="exits:anything")
     path = f"{A_ROUTE['PYTHONPATH']}:{tmp_path}"
     environment = {**A_ROUTE, "PYTHONPATH": path, "LPLN_BACKEND": "refuses"}
     status, found = doctor(LPLN_PRECISION="amp", **environment)
