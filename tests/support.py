@@ -53,9 +53,41 @@ def needs_library(*names: str) -> pytest.MarkDecorator:
 
 needs_gpu = run_elsewhere(not torch.cuda.is_available(), "a CUDA GPU")
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where Triton's kernels run: without a GPU in its interpreter."""
+
+runs_kernels = run_elsewhere(
+    importlib.util.find_spec("triton") is None or TORCH_VERSION < (2, 6),
+    "make test with torch 2.6 or later on Linux, where Triton is",
+)
+
 # Options with which Inductor generates no C++ and compiles in seconds: for tests of which code is
 # compiled, kept and found again, not of what Inductor makes of it.
 NO_CPP = {"fallback_by_default": True} if TORCH_VERSION >= (2, 11) else {}
+
+# A module of models for `bench`: four rows of eight, through a matrix, a LayerNorm and a column.
+SMALL_MODELS = """
+import types, torch
+
+class Small(torch.nn.Sequential):
+    def forward(self, x):
+        return types.SimpleNamespace(loss=super().forward(x).sum())
+
+    def make_batch(self, model, items, length, device):
+        return {"x": torch.randn(4, 8, device=device)}
+
+def make():
+    return Small(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 1))
+
+def fails():
+    return torch.nn.Linear(8, 8)
+
+def bare():
+    return Small(torch.nn.Linear(8, 8))
+
+def nothing():
+    return None
+"""
 
 AUTOCAST_DTYPES = [torch.bfloat16, torch.float16]
 if TORCH_VERSION < (2, 4):

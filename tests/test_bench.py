@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from support import autocast, output_dtype, run_forked, run_python
+from support import SMALL_MODELS, autocast, needs_dynamo, output_dtype, run_forked, run_python
 
 from lpln_autopatch.bench import call, suites, timing
 from lpln_autopatch.bench.call import Layer
@@ -39,7 +39,7 @@ def bench(folder: Path, *arguments: str) -> tuple[str, dict[str, list[dict]]]:
     """What a quick run prints, and the suites of the JSON that it writes."""
     file = folder / "figures.json"
     command = ["-m", "lpln_autopatch", "bench", *arguments, "--device", "cpu", "--quick"]
-    result = run_forked(*command, "--json", str(file), timeout=600)
+    result = run_forked(*command, "--json", str(file), timeout=600, cwd=folder)
     printed = result.stdout
     content = json.loads(file.read_text())
     assert content["command"].startswith("python -m lpln_autopatch bench ")
@@ -126,6 +126,37 @@ def test_call_gives_every_ratio(tmp_path):
             assert row["figures"]["/ stock"]["median"] < 100
     native = [row["figures"] for row in written["call"] if row["contender"] == "lowered (native)"]
     assert {figures["gives"] for figures in native} == {"bfloat16"}
+
+
+@needs_dynamo
+def test_step_is_compared_to_stocks(tmp_path):
+    """Every backend and the recipe, eager and compiled: lowered, of the same loss, and timed."""
+    (tmp_path / "small.py").write_text(SMALL_MODELS)
+    models = ("--models", "small:make", "--modes", "eager", "compiled")
+    printed, written = bench(tmp_path, "step", *models)
+    compiled = ["stock", "native", "recipe"]
+    eager = {tuple(names) for names in contenders(written["step"])} - {tuple(compiled)}
+    assert len(eager) == 1
+    assert {*compiled, "lean"} < set(*eager)
+    assert contenders(written["step"])[1] == compiled
+    assert "model small:make, mode eager, batch 1, autocast bfloat16" in printed
+    for row in (row for row in written["step"] if row["figures"]):
+        figures = row["figures"]
+        ours = row["contender"] not in ("stock", "recipe")
+        assert figures.get("lowered", "") == "1 of 1" * ours
+        assert figures.get("/ stock", {"median": 1})["median"] > 0
+        assert "ms" not in figures  # a CPU's says nothing about another machine
+        assert figures["error"] < 4 * torch.finfo(BF16).eps
+
+
+@needs_dynamo
+def test_step_refuses_a_model_that_lowers_nothing(tmp_path):
+    """A model without norms, and one that cannot be run: lines that say so, without figures."""
+    (tmp_path / "small.py").write_text(SMALL_MODELS)
+    printed, written = bench(tmp_path, "step", "--models", "small:bare", "small:fails")
+    assert contenders(written["step"], measured=True)[0] == ["stock", "recipe"]
+    assert "it lowers none of 0 norm calls" in printed
+    assert contenders(written["step"], measured=True)[1] == []
 
 
 @needs_extra
@@ -341,10 +372,10 @@ def test_plot_has_one_colour_for_a_contender(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["toast"], "'toast' is not a suite; valid: count, call, loss"),
+        (["toast"], "'toast' is not a suite; valid: count, step, call, loss"),
         (["--quik"], "unrecognized arguments: --quik"),
         (["call", "--rounds", "1"], "--rounds: 1 is not a number from 2 on"),
-        (["kernel"], "'kernel' is not a suite; valid: count, call, loss"),
+        (["kernel"], "'kernel' is not a suite; valid: count, step, call, loss"),
         (["call", "--features", "8"], "unrecognized arguments: --features 8"),
         (["call", "--dtype", "float64"], "invalid choice: 'float64'"),
         (["call", "--json", "no/such/folder/x.json"], "there is no such folder"),
@@ -353,9 +384,12 @@ def test_plot_has_one_colour_for_a_contender(tmp_path, monkeypatch):
         (["call", "--policy", "cuda"], "--policy is for loss alone"),
         (["call", "--qui"], "unrecognized arguments: --qui"),
         (["call", "--steps", "20"], "--steps is for loss, not for call"),
-        (["call", "loss", "--modes", "eager"], "--modes is for count, not for call and loss"),
+        (
+            ["call", "loss", "--modes", "eager"],
+            "--modes is for count and step, not for call and loss",
+        ),
         (["call", "--json", "."], "it cannot be written"),
-        (["loss", "--models", "gpt2"], "--models is for count, not for loss"),
+        (["loss", "--models", "gpt2"], "--models is for count and step, not for loss"),
     ],
 )
 def test_wrong_argument_is_one_line(arguments, message, capsys):

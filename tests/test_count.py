@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import run_forked
+from support import SMALL_MODELS, run_forked
 
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
@@ -17,31 +17,10 @@ pytestmark = pytest.mark.skipif(
 )
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-# Four rows of eight, through a matrix, a LayerNorm and a column.
-SMALL = """
-import types, torch
-
-class Small(torch.nn.Sequential):
-    def forward(self, x):
-        return types.SimpleNamespace(loss=super().forward(x).sum())
-
-    def make_batch(self, model, items, length, device):
-        return {"x": torch.randn(4, 8, device=device)}
-
-def make():
-    return Small(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 1))
-
-def fails():
-    return torch.nn.Linear(8, 8)
-
-def nothing():
-    return None
-"""
-
 
 def count(folder: Path, *arguments: str) -> tuple[str, dict[str, dict]]:
     """What `bench count` prints without its date, and the figures by contender."""
-    (folder / "small.py").write_text(SMALL)
+    (folder / "small.py").write_text(SMALL_MODELS)
     file = folder / "figures.json"
     command = ["-m", "lpln_autopatch", "bench", "count", *arguments, "--json", str(file)]
     printed = run_forked(*command, cwd=folder).stdout
@@ -124,7 +103,7 @@ def test_model_that_cannot_be_run_leaves_the_others(counted):
 )
 def test_wrong_model_is_one_line(tmp_path, model, message):
     """A model that is not there, or cannot be run: one line that says why, status 2."""
-    (tmp_path / "small.py").write_text(SMALL)
+    (tmp_path / "small.py").write_text(SMALL_MODELS)
     command = ["-m", "lpln_autopatch", "bench", "count", "--models", model]
     result = run_forked(*command, check=False, cwd=tmp_path)
     assert result.returncode == 2, result.stderr

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 
-def batch_of(model: Any, items: int, length: int, device: str) -> dict[str, Any]:
+def batch_of(model: Any, items: int, length: int, device: str | torch.device) -> dict[str, Any]:
     """The arguments of the forward of `model`, of timm's and transformers', by name."""
 
     def integers(*shape: int) -> torch.Tensor:

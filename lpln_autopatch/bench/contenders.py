@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpln_autopatch import low_precision_layernorm
-from lpln_autopatch.bench.recipe import ComposerGroupNorm
+from lpln_autopatch import backends, low_precision_layernorm
+from lpln_autopatch.bench.recipe import ComposerGroupNorm, ComposerRecipe
 from lpln_autopatch.bench.results import short
 from lpln_autopatch.exemption import MARK
 from lpln_autopatch.request import parse_norms
@@ -81,6 +81,20 @@ class Contender:
         finally:
             for norm, cls in own.items():
                 norm.__class__ = cls
+
+
+STOCK = Contender("stock")
+
+
+def of_models(mode: str, norms: str) -> list[Contender]:
+    """Those of whole models, eager or compiled: stock, ours by each backend, Composer's recipe."""
+    # Compiled code is PyTorch's own, whatever the backend.
+    ours = ("native", "fused", "lean") if mode == "eager" else ("native",)
+    return [
+        STOCK,
+        *(Contender(b, backend=b, norms=norms) for b in ours if b in backends.names()),
+        Contender("recipe", ComposerRecipe, norms=norms),
+    ]
 
 
 def sift(

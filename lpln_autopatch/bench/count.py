@@ -6,8 +6,6 @@ AOTAutograd's partitioner keeps and what Inductor makes of it.
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -15,12 +13,10 @@ from typing import Any
 
 import torch
 
-from lpln_autopatch import backends
 from lpln_autopatch.bench import compiled, counting, emulated, zoo
 from lpln_autopatch.bench.batches import loss_of
-from lpln_autopatch.bench.contenders import Contender, sift
-from lpln_autopatch.bench.recipe import ComposerRecipe
-from lpln_autopatch.bench.results import Row, not_measured, short
+from lpln_autopatch.bench.contenders import STOCK, Contender, of_models, sift
+from lpln_autopatch.bench.results import Row, not_measured
 from lpln_autopatch.bench.timing import Progress
 
 LEGEND = """\
@@ -32,22 +28,10 @@ peak           the most bytes that were alive at once, without an optimizer
 least ms       a bound for an A100 from bytes and FLOPs, no measurement
 kernels        of compiled code
 native, lean, recipe (Composer's): as ratios to stock, in the column before; below 1 is less"""
-STOCK = Contender("stock")
 COLUMNS = {
     "eager": {"kept": "kept GiB", "moved": "moved GiB", "peak": "peak GiB", "least_ms": "least ms"},
     "compiled": {"kept": "kept GiB", "moved": "moved GiB", "kernels": "kernels"},
 }
-
-
-def contenders(mode: str, norms: str) -> list[Contender]:
-    """Stock, ours by each backend, and Composer's recipe."""
-    # Compiled code is PyTorch's own, whatever the backend.
-    ours = ("native", "fused", "lean") if mode == "eager" else ("native",)
-    return [
-        STOCK,
-        *(Contender(b, backend=b, norms=norms) for b in ours if b in backends.names()),
-        Contender("recipe", ComposerRecipe, norms=norms),
-    ]
 
 
 def run(options: Namespace, progress: Progress) -> list[Row]:
@@ -58,11 +42,11 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
     rows: list[Row] = []
     try:
         emulated.add_device()
-        cases = _cases(options, rows)
+        cases = zoo.cases(options, rows)
         progress.expect(len(cases), len(cases))
-        for case, entry, model, dtype in cases:
+        for case, entry, dtype in cases:
             progress.case(case["model"], case["mode"], case["autocast"])
-            rows += _count(case, entry, model, dtype)
+            rows += _count(case, entry, dtype)
             progress.update()
         if cases and not any(row.figures for row in rows):
             last = rows[-1]
@@ -73,41 +57,9 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
     return rows
 
 
-def _cases(
-    options: Namespace, rows: list[Row]
-) -> list[tuple[dict[str, object], zoo.Entry, torch.nn.Module, torch.dtype]]:
-    """What to count. All models are built first: a wrong one is known before any is counted.
-
-    One of the default whose package is not here gives a row that says so.
-    """
-    cases = []
-    models = zoo.entries(options.models or ["bert-base"] * options.quick)
-    for (name, entry), mode in itertools.product(models.items(), options.modes or ["eager"]):
-        if options.norms:
-            entry = dataclasses.replace(entry, norms=options.norms)
-        case: dict[str, object] = {"model": name, "mode": mode, "batch": entry.batch}
-        shallow = mode == "compiled" or options.quick
-        try:
-            model = entry.build(shallow)
-        except zoo.WrongModel as error:
-            if options.models:
-                raise
-            rows.append(Row(case, STOCK.name, reason=str(error)))
-            continue
-        if shallow and entry.shallow:
-            case["of"] = entry.depth
-        for dtype in options.dtypes or [torch.bfloat16]:
-            cases.append(
-                ({**case, "autocast": short(dtype), "norms": entry.norms}, entry, model, dtype)
-            )
-    return cases
-
-
-def _count(
-    case: dict[str, object], entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype
-) -> list[Row]:
-    """Count a step of `model` by every contender."""
-    mode = str(case["mode"])
+def _count(case: dict[str, object], entry: zoo.Entry, dtype: torch.dtype) -> list[Row]:
+    """Count a step of a model by every contender."""
+    mode, model = str(case["mode"]), entry.build()
     measure = compiled.count if mode == "compiled" else _eager
 
     def check(contender: Contender) -> dict[str, Any]:
@@ -116,7 +68,7 @@ def _count(
         with contender.applied(model):
             return measure(entry, model, dtype)
 
-    passed, reasons = sift(contenders(mode, entry.norms), check)
+    passed, reasons = sift(of_models(mode, str(case["norms"])), check)
     if STOCK not in passed:
         return [Row(case, STOCK.name, reason=reasons[STOCK])]
     for figures in passed.values():

@@ -28,6 +28,7 @@ from lpln_autopatch.torch_compat import CAN_COUNT
 SUITES = {
     # First: its device has to be there before the first backward.
     "count": "what a training step of real models does under CUDA's autocast, without a GPU",
+    "step": "a training step of the same models: time and memory on a GPU",
     "call": "one call, on one thread: what a call costs, and its error",
     "loss": "what a small language model learns, stock and lowered",
 }
@@ -103,39 +104,41 @@ def parse(argv: Sequence[str]) -> Namespace:
     add("--dtype", nargs="+", choices=dtypes, dest="dtypes", help="what autocast runs in")
     add("--json", type=Path, metavar="FILE", help="write every figure")
     add("--plot", type=Path, metavar="FILE", help="draw them, a PNG")
-    suite_of: dict[str, str] = {}
+    suites_of: dict[str, list[str]] = {}
 
-    def add_for(suite: str, name: str, help: str, **how: Any) -> None:
-        add(f"--{name}", help=f"{suite}: {help}", **how)
-        suite_of[name] = suite
+    def add_for(suites: str, name: str, help: str, **how: Any) -> None:
+        add(f"--{name}", help=f"{suites}: {help}", **how)
+        suites_of[name] = suites.split(", ")
 
-    add_for("count", "models", "see the docs", nargs="+", metavar="MODEL")
+    add_for("count, step", "models", "see the docs", nargs="+", metavar="MODEL")
     modes = ["eager", "compiled"]
-    add_for("count", "modes", "default: eager", nargs="+", choices=modes)
-    add_for("count", "norms", "layer_norm, all, ...; default: by the model")
-    add_for("call", "rounds", "rounds of timing, at least 2", type=at_least(2))
+    add_for("count, step", "modes", "default: eager", nargs="+", choices=modes)
+    add_for("count, step", "norms", "layer_norm, all, ...; default: by the model")
+    add_for("step, call", "rounds", "rounds of timing, at least 2", type=at_least(2))
     add_for("loss", "steps", "steps of training, at least 20", type=at_least(20))
     add_for("loss", "seeds", "how many, at least 2", type=at_least(2))
     add_for("loss", "lr", "learning rate (default: 0.001, under --policy 0.002)", type=float)
     add_for("loss", "exempt", "modules that stay stock", nargs="+", metavar="NAME")
     add_for("loss", "policy", "under CUDA's autocast lists, on the CPU", choices=["cuda"])
     options = parser.parse_args(argv)
-    _refuse_suites(parser, options, suite_of)
+    _refuse_suites(parser, options, suites_of)
     _refuse_files(parser, options)
     options.dtypes = [getattr(torch, name) for name in options.dtypes or ()]
     options.device = usable_device(options.device)
     return options
 
 
-def _refuse_suites(parser: Parser, options: Namespace, suite_of: dict[str, str]) -> None:
+def _refuse_suites(parser: Parser, options: Namespace, suites_of: dict[str, list[str]]) -> None:
     """Put the suites in their order, unless one is wrong, or an option is for another one."""
     for name in options.suites:
         if name not in SUITES:
             parser.error(f"{name!r} is not a suite; valid: {', '.join(SUITES)}")
     if "count" in options.suites and not CAN_COUNT:
         parser.error(f"count needs torch 2.13 or later, this is {torch.__version__}")
-    able = [name for name in SUITES if name != "count" or CAN_COUNT]
-    options.suites = [name for name in able if name in (options.suites or able)]
+    # Full-size models would take a CPU hours.
+    runs = {"count": CAN_COUNT, "step": options.device != "cpu"}
+    chosen = options.suites or [name for name in SUITES if runs.get(name, True)]
+    options.suites = [name for name in SUITES if name in chosen]
     if options.policy and not (
         CAN_COUNT and options.device == "cpu" and options.suites == ["loss"]
     ):
@@ -144,9 +147,10 @@ def _refuse_suites(parser: Parser, options: Namespace, suite_of: dict[str, str])
         parse_norms(options.norms or "all")
     except ValueError as error:
         parser.error(str(error))
-    for option, suite in suite_of.items():
-        if getattr(options, option) and suite not in options.suites:
-            parser.error(f"--{option} is for {suite}, not for {' and '.join(options.suites)}")
+    for option, its in suites_of.items():
+        if getattr(options, option) and not set(its) & set(options.suites):
+            given = " and ".join(options.suites)
+            parser.error(f"--{option} is for {' and '.join(its)}, not for {given}")
 
 
 def _refuse_files(parser: Parser, options: Namespace) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import torch
 
 from lpln_autopatch.bench.batches import batch_of
+from lpln_autopatch.bench.contenders import STOCK
+from lpln_autopatch.bench.results import Row, short
 
 
 class WrongModel(Exception):
@@ -29,23 +33,17 @@ class Entry:
     shallow: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     norms: str = "layer_norm"  # those that are lowered
 
-    @property
-    def depth(self) -> str:
-        """`shallow` in words."""
-        return ", ".join(dict.fromkeys(_words(self.shallow)))
-
-    def build(self, shallow: bool = False) -> torch.nn.Module:
-        """The model, on meta, where its weights take no memory; or a `WrongModel`."""
+    def build(self, device: str | torch.device = "meta") -> torch.nn.Module:
+        """The model, by default on meta, where its weights take no memory; or a `WrongModel`."""
         library, _, name = self.source.partition(":")
-        config = {**self.config, **(self.shallow if shallow else {})}
         try:
-            with torch.device("meta"):
+            with torch.device(device):
                 if library == "timm":
-                    model: torch.nn.Module = import_module("timm").create_model(name, **config)
+                    model: torch.nn.Module = import_module("timm").create_model(name, **self.config)
                 elif library == "transformers":
-                    model = _of_transformers(name, config)
+                    model = _of_transformers(name, self.config)
                 else:
-                    model = getattr(import_module(library), name)(**config)
+                    model = getattr(import_module(library), name)(**self.config)
         except ModuleNotFoundError as error:
             missing = error.name or "a package"
             raise WrongModel(
@@ -57,7 +55,7 @@ class Entry:
             raise WrongModel(f"{self.source} gives {type(model).__name__}, not a torch.nn.Module")
         return model.train()
 
-    def batch_on(self, model: torch.nn.Module, device: str) -> dict[str, Any]:
+    def batch_on(self, model: torch.nn.Module, device: str | torch.device) -> dict[str, Any]:
         """What the forward of `model` takes, by the names of its arguments, on `device`."""
         make = getattr(model, "make_batch", batch_of)
         batch: dict[str, Any] = make(model, self.batch, self.length, device)
@@ -212,4 +210,34 @@ def entries(chosen: Sequence[str]) -> dict[str, Entry]:
             valid = f"all, {', '.join(known)}, timm:NAME, transformers:CONFIG, MODULE:FUNCTION"
             raise WrongModel(f"{name!r} is no model; valid: {valid}")
         found[name] = known.get(name) or Entry(name, 64 if name.startswith("timm:") else 8)
+    return found
+
+
+def cases(
+    options: Namespace, rows: list[Row]
+) -> list[tuple[dict[str, object], Entry, torch.dtype]]:
+    """What to measure: a case, what builds its model, and an autocast dtype.
+
+    All models are built once, on meta: a wrong one is known before any is measured. One of the
+    default whose package is not here gives a row that says so.
+    """
+    found = []
+    chosen = entries(options.models or ["bert-base"] * options.quick)
+    for (name, entry), mode in itertools.product(chosen.items(), options.modes or ["eager"]):
+        norms = options.norms or entry.norms
+        if options.quick:
+            entry = dataclasses.replace(entry, batch=1)
+        case: dict[str, object] = {"model": name, "mode": mode, "batch": entry.batch}
+        if (mode == "compiled" or options.quick) and entry.shallow:
+            case["of"] = ", ".join(dict.fromkeys(_words(entry.shallow)))
+            entry = dataclasses.replace(entry, config={**entry.config, **entry.shallow})
+        try:
+            entry.build()
+        except WrongModel as error:
+            if options.models:
+                raise
+            rows.append(Row(case, STOCK.name, reason=str(error)))
+            continue
+        for dtype in options.dtypes or [torch.bfloat16]:
+            found.append(({**case, "autocast": short(dtype), "norms": norms}, entry, dtype))
     return found
