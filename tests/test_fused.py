@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import textwrap
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import needs_gpu, run_elsewhere, run_forked
+from support import DEVICE, needs_gpu, run_elsewhere, run_forked, runs_kernels
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -18,13 +17,7 @@ from lpln_autopatch.backends import autograd, fused, native
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-
-runs_kernels = run_elsewhere(
-    importlib.util.find_spec("triton") is None or TORCH_VERSION < (2, 6),
-    "make test with torch 2.6 or later on Linux, where Triton is",
-)
 
 
 @pytest.fixture
@@ -103,7 +96,7 @@ def assert_right(x, dtype, results, expected):
         for result, value in zip(results[1:], expected[1:], strict=True):
             limit = max(torch.finfo(d).eps for d in (dtype, result.dtype)) / 2
             # Of two features the gradient is all but 0, the difference of two that are not.
-            noise = 1e-5 * value.numel() ** 0.5
+            noise = (limit if x.shape[-1] == 2 else 1e-5) * value.numel() ** 0.5
             assert (result.double() - value).norm() <= limit * value.norm() + noise
         results, expected = results[:1], expected[:1]
     assert_rounded_once(results, expected)
@@ -375,8 +368,10 @@ def test_second_derivatives(missing):
 
 def goes_native(x, *rest):
     y = fused.normalise(x, *rest, 1e-5, BF16)
+    if "_FusedLayerNorm" in str(y.grad_fn):
+        return False
     assert torch.equal(y, native.normalise(x, *rest, 1e-5, BF16))
-    return "_FusedLayerNorm" not in str(y.grad_fn)
+    return True
 
 
 @runs_kernels
@@ -653,7 +648,9 @@ def test_more_elements_than_32_bits_count():
 def test_kernels_compile_for_a_gpu_that_is_not_here():
     """Triton compiles the tiles that are launched for compute capability 9.0, to machine code."""
     printed = run_forked("-c", COMPILE).stdout
-    assert printed.split() == ["forward", "backward"] * 4 + ["reduce"] * 3
+    assert printed.split() == ["forward", "forward", "backward", "backward"] * 4 + [
+        "reduce"
+    ] * 3 + ["recovery"]
 
 
 # Arguments as Triton specialises them: what is None, and an integer that is 1, is a constant.
@@ -666,7 +663,8 @@ COMPILE = textwrap.dedent(
     TYPES = dict(
         x="*bf16", weight="*fp32", bias="*fp32", y="*bf16", dy="*bf16", dx="*bf16",
         kept="*bf16", statistics="*fp32", partials="*fp32", dweight="*fp32", dbias="*fp32",
-        eps="fp32",
+        shift="*fp32", inverse="*fp32", slots="*i32", reserved="*bf16", count="*i32",
+        eps="fp32", worst="fp32", smallest="fp32", rounding="fp32",
     )
 
     def compile(name, warps, **constants):
@@ -679,14 +677,15 @@ COMPILE = textwrap.dedent(
         aligned = {
             (i,): [["tt.divisibility", 16]]
             for i, a in enumerate(arguments)
-            if a not in constants and a not in ("M", "programs", "eps")
+            if a not in constants and TYPES.get(a, "M") != "fp32" and a not in ("M", "programs")
         }
         source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
         options = {"num_warps": warps, **launch._OPTIONS}
         assert triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["cubin"]
         print(name.removesuffix("_looped"))
 
-    contiguous = dict(x_inner=1, dy_inner=1, STAGES=launch._STAGES)
+    contiguous = dict(x_inner=1, dy_inner=1)
+    no_recovery = dict.fromkeys(("shift", "inverse", "slots", "reserved"))
     for n, absent in (
         (1024, {}),
         (16384, dict(bias=None, statistics=None, dx=None, kept=None)),
@@ -698,9 +697,12 @@ COMPILE = textwrap.dedent(
         for name in tiles:
             rows, block, warps = launch._tile(n, tiles[name])
             constants = dict(ROWS=rows, BLOCK=block, IS_XHAT="kept" not in absent)
-            compile(name + looped, warps, **constants, **contiguous, **absent)
+            constants["STAGES"] = launch._stages(rows * block)
+            for recovery in ({}, no_recovery):
+                compile(name + looped, warps, **constants, **contiguous, **absent, **recovery)
     for absent in ({}, dict(dweight=None), dict(dbias=None)):
         compile("reduce", 4, **dict(zip(("ROWS", "BLOCK"), launch._REDUCED)), **absent)
+    compile("recovery", 4, BLOCK=1024)
     """
 )
 

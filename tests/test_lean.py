@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import autocast, needs_dynamo, run_python
+from support import DEVICE, autocast, needs_dynamo, run_python, runs_kernels
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -27,6 +27,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(params=["operators", pytest.param("kernels", marks=runs_kernels)])
+def any_way(request, monkeypatch):
+    """Each test twice: in PyTorch's operators, and in Triton's kernels, as on a GPU."""
+    monkeypatch.setattr(lean, "_runs_kernels", lambda x: request.param == "kernels")
+    if request.param == "kernels" and DEVICE == "cpu":
+        from lpln_autopatch.backends.fused import launch
+
+        # Large tiles, few programs: the interpreter runs one after the other.
+        monkeypatch.setattr(launch, "_tile", lambda n, looped: (64, 1 << (n - 1).bit_length(), 4))
+    with torch.device(DEVICE):
+        yield request.param
 
 
 def parameters(n=64, bias_over_weight=None):
@@ -50,7 +63,8 @@ def run(x, weight, bias, dy, dtype=BF16, normalise=lean.normalise):
     """Output and gradients of all that there are."""
     y = normalise(x, (x.shape[-1],), weight, bias, 1e-5, dtype)
     if normalise is lean.normalise:
-        assert "_LeanLayerNorm" in type(y.grad_fn).__name__
+        name = "_FusedLayerNorm" if lean._runs_kernels(x) else "_LeanLayerNorm"
+        assert name in type(y.grad_fn).__name__
     wanted = [t for t in (x, weight, bias) if t is not None]
     return [y, *torch.autograd.grad(y, wanted, dy)]
 
@@ -108,6 +122,7 @@ def test_output_is_float32s_rounded_once(x_dtype, parameter_dtype, dtype):
     assert [g.dtype for g in gradients] == [x_dtype, parameter_dtype, parameter_dtype]
 
 
+@pytest.mark.usefixtures("any_way")
 @pytest.mark.parametrize("x_dtype", [FP32, BF16])
 @pytest.mark.parametrize("bias_over_weight", [None, 1, 5, 5.9, 50])
 def test_gradients_are_closer_than_composers(x_dtype, bias_over_weight):
@@ -127,7 +142,7 @@ def test_gradients_are_closer_than_composers(x_dtype, bias_over_weight):
 
 
 @pytest.mark.parametrize("x_dtype", [FP32, BF16])
-def test_without_parameters_y_is_xhat(x_dtype):
+def test_without_parameters_y_is_xhat(any_way, x_dtype):
     """Neither weight nor bias: y and 1 / std are all that is kept."""
     torch.manual_seed(0)
     x = torch.randn(64, 768).to(x_dtype).requires_grad_()
@@ -135,9 +150,11 @@ def test_without_parameters_y_is_xhat(x_dtype):
     y, dx = run(x, None, None, dy)
     assert error(dx, exact(x, None, None, dy)[1]) < 1.8e-3
     storages, y = kept_storages(lambda: lean.normalise(x, (768,), None, None, 1e-5, BF16))
-    assert sum(storages.values()) == y.nbytes + 64 * 4
+    statistics = 2 if any_way == "kernels" else 1  # of a row: the mean, too
+    assert sum(storages.values()) == y.nbytes + statistics * 64 * 4
 
 
+@pytest.mark.usefixtures("any_way")
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_parameters_may_be_missing(weighted, biased):
@@ -156,6 +173,7 @@ def test_parameters_may_be_missing(weighted, biased):
         torch.testing.assert_close(g, e, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.usefixtures("any_way")
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_only_wanted_gradients_are_computed(frozen):
     """Any of x, weight and bias may want no gradient, and gets none."""
@@ -169,6 +187,7 @@ def test_only_wanted_gradients_are_computed(frozen):
 # --- weights from which xhat cannot be recovered
 
 
+@pytest.mark.usefixtures("any_way")
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-8, -1e-8, 1e-30])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("count", [1, 24, 25, 768])
@@ -191,6 +210,7 @@ def test_weights_of_nothing_get_their_gradient(value, dtype, count):
     assert keeps_y(x, weight, bias) == (count <= 24)
 
 
+@pytest.mark.usefixtures("any_way")
 @settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -218,6 +238,7 @@ def test_each_weights_gradient_is_right(seed, features, scale, zeros, bias, dtyp
     assert ((dx - dx_exact).abs() <= 4 * rstd * along * off.amax(-1, True) + 1e-30).all()
 
 
+@pytest.mark.usefixtures("any_way")
 def test_training_takes_a_weight_through_zero():
     """Weights that pass 0 in training have the right gradient at each step, and at 0 itself."""
     torch.manual_seed(0)
@@ -239,11 +260,31 @@ def test_training_takes_a_weight_through_zero():
     assert passed.any()
 
 
+@runs_kernels
+@pytest.mark.parametrize("count", [0, 24, 25])
+def test_rows_longer_than_a_block(count, monkeypatch):
+    """The kernels that go over a row in blocks recover xhat, too."""
+    from lpln_autopatch.backends.fused import launch
+
+    monkeypatch.setattr(lean, "_runs_kernels", lambda x: True)
+    monkeypatch.setattr(launch, "_tile", lambda n, looped: (4, 128, 4))
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        weight, bias = parameters(768)
+        with_weights(weight, count, 0.0)
+        x = torch.randn(30, 768, requires_grad=True)
+        dy = torch.randn(30, 768).to(BF16)
+        _, *gradients = run(x, weight, bias, dy)
+        assert keeps_y(x, weight, bias) == (count <= 24)
+    for got, expected in zip(gradients, exact(x, weight, bias, dy)[1:], strict=True):
+        assert error(got, expected) < 3e-3
+
+
 # --- what is kept
 
 
-def test_the_output_is_what_is_kept():
-    """No x, no mean: y itself, 1 / std, the parameters, and 1/32 of xhat."""
+def test_the_output_is_what_is_kept(any_way):
+    """No x: y itself, 1 / std, the parameters, and 1/32 of xhat."""
     weight, bias = parameters(768)
     for x_dtype in (FP32, BF16):
         x = torch.randn(512, 768).to(x_dtype).requires_grad_()
@@ -251,6 +292,8 @@ def test_the_output_is_what_is_kept():
         assert y.untyped_storage().data_ptr() in storages
         assert x.untyped_storage().data_ptr() not in storages
         beside = 512 * 4 + 24 * 512 * 2 + 24 * 8 + 3 * 768 * 4
+        if any_way == "kernels":  # the mean, too, the bias, and of each feature its place
+            beside = 2 * 512 * 4 + 24 * 512 * 2 + 5 * 768 * 4
         assert sum(storages.values()) == y.nbytes + beside
 
 
@@ -268,6 +311,7 @@ def test_the_next_linears_input_is_the_same_storage():
     assert kept("native") - kept("lean") > 0.9 * x.nbytes
 
 
+@pytest.mark.usefixtures("any_way")
 @pytest.mark.parametrize("why", ["a replica's", "capturing", "another device"])
 def test_where_nothing_is_counted_xhat_is_kept(why, monkeypatch):
     """A weight that is no Parameter, a CUDA graph's capture, other devices: right, and no y."""
@@ -286,7 +330,8 @@ def test_where_nothing_is_counted_xhat_is_kept(why, monkeypatch):
         assert recovery.counter(OnCuda(weight)) is not None
     if why == "another device":
         assert recovery.counter(torch.nn.Parameter(weight.to("meta"))) is None
-    monkeypatch.setattr(lean, "counter", lambda weight: None)
+    for module in (lean, recovery):
+        monkeypatch.setattr(module, "counter", lambda weight: None)
     x = torch.randn(256, 64, requires_grad=True)
     assert not keeps_y(x, weight, bias)
     dy = torch.randn(256, 64).to(BF16)
@@ -304,13 +349,15 @@ def counts_arrive_late(monkeypatch):
         waited.append(count.item())
         return count.clone()
 
-    monkeypatch.setattr(lean, "counter", lambda weight: partial(recovery._were_few, weight))
+    for module in (lean, recovery):
+        monkeypatch.setattr(module, "counter", lambda weight: partial(recovery._were_few, weight))
     monkeypatch.setattr(recovery, "_pinned", pinned)
     recovery._counts.cache_clear()
     yield waited
     recovery._counts.cache_clear()
 
 
+@pytest.mark.usefixtures("any_way")
 def test_on_an_accelerator_only_the_first_count_is_waited_for(counts_arrive_late):
     """The first call waits. A later one knows the weights of the one before: the reserve helps."""
     torch.manual_seed(0)
@@ -334,6 +381,7 @@ def test_on_an_accelerator_only_the_first_count_is_waited_for(counts_arrive_late
     assert counts_arrive_late == [0, 768]
 
 
+@pytest.mark.usefixtures("any_way")
 def test_more_than_the_reserve_in_one_step_is_taken_for_zero_once(counts_arrive_late):
     """The one limit on an accelerator: weights set to 0 by hand, all at once, for one step."""
     torch.manual_seed(0)
@@ -354,6 +402,7 @@ def test_more_than_the_reserve_in_one_step_is_taken_for_zero_once(counts_arrive_
     assert error(dweight, dweight_exact) < 3e-3
 
 
+@pytest.mark.usefixtures("any_way")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_count_that_arrives_before_recomputation_does_no_harm(counts_arrive_late, use_reentrant):
     """Forward kept y, its recomputation keeps xhat: the gradients are right."""
@@ -377,6 +426,7 @@ def test_a_count_that_arrives_before_recomputation_does_no_harm(counts_arrive_la
     assert error(weight.grad, dweight_exact) < 2e-3
 
 
+@pytest.mark.usefixtures("any_way")
 def test_counts_are_forgotten_with_the_parameter(counts_arrive_late):
     """No parameter is kept alive, and a new one of its address is counted anew."""
     weight, bias = parameters()
@@ -389,6 +439,7 @@ def test_counts_are_forgotten_with_the_parameter(counts_arrive_late):
 # --- whatever else autograd is asked for
 
 
+@pytest.mark.usefixtures("any_way")
 def test_output_modified_in_place_is_an_error():
     """y is kept: backward refuses it once it has been changed, as PyTorch's own nodes do."""
     weight, bias = parameters()
@@ -400,6 +451,7 @@ def test_output_modified_in_place_is_an_error():
             y.sum().backward()
 
 
+@pytest.mark.usefixtures("any_way")
 def test_input_modified_in_place_is_none():
     """x is not kept: what happens to it after the call is nobody's business."""
     weight, bias = parameters()
@@ -411,6 +463,7 @@ def test_input_modified_in_place_is_none():
     assert torch.equal(torch.autograd.grad(y, [x], dy)[0], run(x, weight, bias, dy)[1])
 
 
+@pytest.mark.usefixtures("any_way")
 @pytest.mark.parametrize("few", [True, False])
 def test_second_derivatives(few):
     """Double backward, against float64, with weights of 0 among them, whatever is kept."""
@@ -437,6 +490,7 @@ def test_second_derivatives(few):
     assert max(error(g, e) for g, e in zip(got, expected, strict=True)) < 1e-2
 
 
+@pytest.mark.usefixtures("any_way")
 def test_batched_gradients():
     """is_grads_batched: vmap runs through backward."""
     torch.manual_seed(0)
@@ -452,6 +506,7 @@ def test_batched_gradients():
             torch.testing.assert_close(g[i], e)
 
 
+@pytest.mark.usefixtures("any_way")
 def test_functorch_and_forward_mode_go_to_native():
     """torch.func's grad, vmap and jvp, and dual numbers: native's values."""
     torch.manual_seed(0)
@@ -513,6 +568,7 @@ def test_inference_tensor_can_be_trained_on(x_dtype):
         assert lean.normalise(x, (64,), weight, bias, 1e-5, BF16).is_inference()
 
 
+@pytest.mark.usefixtures("any_way")
 def test_hooks_on_saved_tensors():
     """save_on_cpu and its like may give back what they like of the same values."""
     torch.manual_seed(0)

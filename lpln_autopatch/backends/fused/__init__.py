@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lpln_autopatch.backends import autograd, native
+from lpln_autopatch.backends.autograd import NO_RECOVERY, Recovery
 from lpln_autopatch.backends.protocol import Affine, Backend, Shape
 from lpln_autopatch.torch_compat import (
     TORCH_VERSION,
@@ -41,7 +43,7 @@ def load() -> Backend:
     if torch.version.hip is not None:
         raise ImportError("it is not for ROCm. Name another backend.")
     try:
-        _launch()
+        launcher()
     except ImportError as error:
         raise ImportError(
             f"Triton cannot be imported ({error}). It comes with the CUDA builds "
@@ -51,7 +53,8 @@ def load() -> Backend:
 
 
 @functools.cache
-def _launch() -> Any:
+def launcher() -> Any:
+    """The module that launches the kernels."""
     # Not at the top: Triton is optional, and takes a while to import.
     return importlib.import_module("lpln_autopatch.backends.fused.launch")
 
@@ -59,27 +62,55 @@ def _launch() -> Any:
 def normalise(
     x: Tensor, normalized_shape: Shape, weight: Affine, bias: Affine, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """The fused `Backend`: one kernel where it can, natively elsewhere. `_takes` has the rule.
+    """The fused `Backend`: one kernel where it can, natively elsewhere. `takes` has the rule.
 
     Nothing but the output is rounded: it is the float32 result, rounded once. The gradients of a
     float32 x and of weight are computed from xhat rounded to `dtype`.
     """
-    if not _takes(x, normalized_shape, weight, bias):
+    if not takes(x, normalized_shape, weight, bias):
         return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
+    return run(x, normalized_shape, weight, bias, eps, dtype, _keeps_input)
+
+
+Plan = Callable[[Tensor, Affine, Affine, int, torch.dtype], tuple[str, Recovery]]
+"""What a call keeps for backward, "x", "xhat" or "y", and how xhat comes out of a y.
+
+From x, weight, bias, the number of rows, and the dtype of y.
+"""
+
+
+def _keeps_input(
+    x: Tensor, weight: Affine, bias: Affine, rows: int, dtype: torch.dtype
+) -> tuple[str, Recovery]:
+    return "xhat" if x.dtype is torch.float32 else "x", NO_RECOVERY
+
+
+def run(
+    x: Tensor,
+    normalized_shape: Shape,
+    weight: Affine,
+    bias: Affine,
+    eps: float,
+    dtype: torch.dtype,
+    plan: Plan,
+) -> Tensor:
+    """The kernels, for what `takes` says that they take."""
     arguments = x, len(normalized_shape), weight, bias, eps, dtype
     y: Tensor
     if autograd.wants_gradient(x, weight, bias):
-        keeps_xhat = x.dtype is torch.float32
-        stand_in = autograd.stand_in_for(x) if keeps_xhat else None
-        y = _FusedLayerNorm.apply(*arguments, keeps_xhat, stand_in)  # type: ignore[no-untyped-call]
+        stand_in = None
+        if plan is not _keeps_input or x.dtype is torch.float32:
+            stand_in = autograd.stand_in_for(x)
+        y = _FusedLayerNorm.apply(*arguments, plan, stand_in)  # type: ignore[no-untyped-call]
     else:
-        y = _launch().forward(*arguments, None, None)
+        y = launcher().forward(*arguments, None, None)
     return y
 
 
-def _takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine) -> bool:
+def takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine) -> bool:
+    """Whether the kernels can take this call."""
     return (
-        (x.is_cuda or (x.is_cpu and _launch().INTERPRETED))
+        (x.is_cuda or (x.is_cpu and launcher().INTERPRETED))
         # A TorchDispatchMode (FakeTensorMode, ...) would not see the kernels.
         and not something_intercepts_operators()
         and autograd.takes(x, shape, weight, bias)
@@ -115,22 +146,27 @@ class _FusedLayerNorm(torch.autograd.Function):
         bias: Affine,
         eps: float,
         dtype: torch.dtype,
-        keeps_xhat: bool,
+        plan: Plan,
         stand_in: Tensor | None,
     ) -> Tensor:
-        statistics = x.new_empty((2, x.shape[:-n_dims].numel()), dtype=torch.float32)
+        rows = x.shape[:-n_dims].numel()
+        keeps, recovery = plan(x, weight, bias, rows, dtype)
+        statistics = x.new_empty((2, rows), dtype=torch.float32)
         xhat = None
-        if keeps_xhat:
+        if keeps == "xhat":
             xhat = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-        y: Tensor = _launch().forward(x, n_dims, weight, bias, eps, dtype, statistics, xhat)
-        ctx.save_for_backward(x if xhat is None else xhat, weight, bias, statistics)
-        ctx.n_dims, ctx.is_xhat, ctx.stand_in = n_dims, keeps_xhat, stand_in
+        y: Tensor = launcher().forward(
+            x, n_dims, weight, bias, eps, dtype, statistics, xhat, recovery
+        )
+        kept = {"x": x, "xhat": xhat, "y": y}[keeps]
+        ctx.save_for_backward(kept, weight, bias, statistics, *recovery)
+        ctx.n_dims, ctx.is_x, ctx.dtype, ctx.stand_in = n_dims, keeps == "x", x.dtype, stand_in
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, statistics = ctx.saved_tensors
-        n_dims, is_xhat = ctx.n_dims, ctx.is_xhat
+        kept, weight, bias, statistics, *recovery = ctx.saved_tensors
+        n_dims = ctx.n_dims
         wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
         if (
             # With create_graph, what comes out is differentiated again: the kernels cannot be.
@@ -138,20 +174,39 @@ class _FusedLayerNorm(torch.autograd.Function):
             or forward_mode_is_on()
             or something_intercepts_operators()
             # What hooks on saved tensors give back may be anything of the right shape.
-            or not all(t is None or _is_what_lies_in_memory(t) for t in (dy, x, weight, statistics))
-            or not (weight is None or weight.is_contiguous())
-            or not statistics.is_contiguous()
+            or not all(
+                t is None or _is_what_lies_in_memory(t)
+                for t in (dy, kept, weight, statistics, *recovery)
+            )
+            or not all(t is None or t.is_contiguous() for t in (weight, statistics, *recovery))
         ):
-            shape = x.shape[-n_dims:]
-            mean, rstd = statistics.view(2, *x.shape[:-n_dims], *[1] * n_dims)
-            if is_xhat:  # x, but for its mean, on which no derivative depends
-                x, mean = autograd.in_place_of(ctx.stand_in, x / rstd), torch.zeros_like(mean)
+            shape = kept.shape[-n_dims:]
+            x, (mean, rstd) = kept, statistics.view(2, *kept.shape[:-n_dims], *[1] * n_dims)
+            if not ctx.is_x:
+                with torch.no_grad():
+                    x = _xhat(kept, *recovery) / rstd  # but for its mean, on which nothing depends
+                x, mean = autograd.in_place_of(ctx.stand_in, x), torch.zeros_like(mean)
             gradients = autograd.backward(dy, x, shape, weight, mean, rstd, wanted)
         else:
-            arguments = dy, x, n_dims, weight, bias, statistics, wanted, is_xhat
-            gradients = _launch().backward(*arguments)
+            arguments = dy, kept, n_dims, weight, bias, statistics, wanted, ctx.dtype
+            gradients = launcher().backward(*arguments, not ctx.is_x, recovery)
         dx, dweight, dbias = gradients
         return dx, None, dweight, dbias, None, None, None, None
+
+
+def _xhat(
+    kept: Tensor,
+    shift: Tensor | None,
+    inverse: Tensor | None,
+    slots: Tensor | None,
+    reserved: Tensor | None,
+) -> Tensor:
+    """What the kernels take for xhat, in float32."""
+    if shift is None or inverse is None or slots is None or reserved is None:
+        return kept.float()
+    recovered = (kept.reshape(-1, slots.numel()) - shift) * inverse
+    own = reserved.float().index_select(1, slots.clamp(min=0))
+    return torch.where(slots >= 0, own, recovered).view(kept.shape)
 
 
 # Dynamo is not to look for graphs in any of this: code that it compiles takes another way.

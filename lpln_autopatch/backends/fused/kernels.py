@@ -8,6 +8,10 @@ Arguments that several kernels share:
     M, N: Rows, and features in each.
     statistics: float32, shape (2, M): mean, and 1 / sqrt(variance + eps).
     kept: xhat = (x - mean) / sqrt(variance + eps), rounded: backward takes it for x if IS_XHAT.
+    shift, inverse, slots, reserved: how backward gets xhat from y, which it takes for x if shift is
+        there: (y - shift) * inverse, float32, shape (N,); but for a feature with a slot, int32,
+        that is not negative, xhat itself, rounded, lies there in the row's RESERVED elements of
+        reserved. ../lean/recovery.py says why.
     *_inner, *_outer_stride, *_inner_stride: row r begins at element
         (r // inner) * outer_stride + (r % inner) * inner_stride.
     partials: float32, shape (2, programs, N): what each program has summed up of dweight and dbias.
@@ -69,11 +73,46 @@ def _store_statistics(statistics, mean, rstd, rows, M):
         tl.store(statistics + M + rows, rstd, rows < M)
 
 
+@triton.jit
+def _reserve(reserved, slots, xhat, rows, columns, mask, N, RESERVED):
+    slot = tl.load(slots + columns, columns < N, -1)[None, :]
+    value = _round(xhat, reserved.dtype.element_ty)
+    tl.store(reserved + rows[:, None] * RESERVED + slot, value, mask & (slot >= 0))
+
+
+@triton.jit
+def layer_norm_recovery(
+    weight, bias, shift, inverse, slots, count,
+    N, RESERVED, worst, smallest, rounding, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How to get xhat from y, and of how many features it cannot be had: one program."""
+    lost = 0
+    for begin in range(0, N, BLOCK):
+        columns = begin + tl.arange(0, BLOCK)
+        inside = columns < N
+        scale = tl.load(weight + columns, inside, 1.0).to(tl.float32)
+        offset = tl.zeros((BLOCK,), tl.float32)
+        if bias is not None:
+            offset = tl.load(bias + columns, inside, 0.0).to(tl.float32)
+        recoverability = tl.abs(scale) / (tl.abs(offset) + smallest)
+        is_lost = (inside & (recoverability < worst)).to(tl.int32)
+        slot = lost + tl.cumsum(is_lost, 0) - 1
+        slot = tl.where((is_lost == 1) & (slot < RESERVED), slot, -1)
+        lost += tl.sum(is_lost, 0)
+        tl.store(slots + columns, slot, inside)
+        tl.store(shift + columns, offset, inside)
+        # Where y is noise alone 0 is the better guess.
+        known = recoverability > rounding
+        one_over = tl.where(known, 1 / tl.where(known, scale, 1.0), 0.0)
+        tl.store(inverse + columns, one_over, inside)
+    tl.store(count, lost)
+
+
 # M changes from batch to batch: no compilation for each kind of number that it may be.
 @triton.jit(do_not_specialize=["M"])
 def layer_norm_forward(
-    x, weight, bias, y, statistics, kept,
-    M, N, eps, x_inner, x_outer_stride, x_inner_stride,
+    x, weight, bias, y, statistics, kept, slots, reserved,
+    M, N, RESERVED, eps, x_inner, x_outer_stride, x_inner_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = _rows(tl.program_id(0).to(tl.int64) * ROWS, ROWS)
@@ -90,12 +129,14 @@ def layer_norm_forward(
     _store(y, xhat * scale + shift, rows, columns, mask, N)
     if kept is not None:
         _store(kept, xhat, rows, columns, mask, N)
+    if slots is not None:
+        _reserve(reserved, slots, xhat, rows, columns, mask, N, RESERVED)
 
 
 @triton.jit(do_not_specialize=["M"])
 def layer_norm_forward_looped(
-    x, weight, bias, y, statistics, kept,
-    M, N, eps, x_inner, x_outer_stride, x_inner_stride,
+    x, weight, bias, y, statistics, kept, slots, reserved,
+    M, N, RESERVED, eps, x_inner, x_outer_stride, x_inner_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = _rows(tl.program_id(0).to(tl.int64) * ROWS, ROWS)
@@ -125,38 +166,49 @@ def layer_norm_forward_looped(
         _store(y, xhat * scale + shift, rows, columns, mask, N)
         if kept is not None:
             _store(kept, xhat, rows, columns, mask, N)
+        if slots is not None:
+            _reserve(reserved, slots, xhat, rows, columns, mask, N, RESERVED)
 
 
 @triton.jit
 def _load_xhat_and_gradient(
-    x, dy, mean, rstd, rows, columns, mask,
+    x, dy, statistics, shift, inverse, slots, reserved, rows, columns, mask, M, N, RESERVED,
     x_inner, x_outer_stride, x_inner_stride,
     dy_inner, dy_outer_stride, dy_inner_stride, IS_XHAT: tl.constexpr,
 ):  # fmt: skip
     xhat = _load(x, rows, columns, mask, x_inner, x_outer_stride, x_inner_stride)
-    if not IS_XHAT:
+    if shift is not None:
+        slot = tl.load(slots + columns, columns < N, -1)[None, :]
+        own = reserved + rows[:, None] * RESERVED + slot
+        own = tl.load(own, mask & (slot >= 0), 0.0).to(tl.float32)
+        offset = _load_parameter(shift, columns, N, 0.0)
+        one_over = _load_parameter(inverse, columns, N, 1.0)
+        xhat = tl.where(slot >= 0, own, (xhat - offset) * one_over)
+    elif not IS_XHAT:
+        mean = tl.load(statistics + rows, rows < M, 0.0)
+        rstd = tl.load(statistics + M + rows, rows < M, 0.0)
         xhat = (xhat - mean[:, None]) * rstd[:, None]
     return xhat, _load(dy, rows, columns, mask, dy_inner, dy_outer_stride, dy_inner_stride)
 
 
 @triton.jit(do_not_specialize=["M"])
 def layer_norm_backward(
-    x, weight, dy, statistics, dx, partials,
-    M, N, x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
+    x, weight, dy, statistics, dx, partials, shift, inverse, slots, reserved, M, N, RESERVED,
+    x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, IS_XHAT: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     scale = _load_parameter(weight, columns, N, 1.0)
-    dweight = tl.zeros((BLOCK,), tl.float32)
-    dbias = tl.zeros((BLOCK,), tl.float32)
+    # Over the rows of a tile it is summed up at the end, once: threads then wait for each other.
+    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK), tl.float32)
     step = tl.num_programs(0) * ROWS
     for first in tl.range(tl.program_id(0).to(tl.int64) * ROWS, M, step, num_stages=STAGES):
         rows = _rows(first, ROWS)
         mask = (rows < M)[:, None] & (columns < N)[None, :]
-        mean = tl.load(statistics + rows, rows < M, 0.0)
-        rstd = tl.load(statistics + M + rows, rows < M, 0.0)
         xhat, upstream = _load_xhat_and_gradient(
-            x, dy, mean, rstd, rows, columns, mask,
+            x, dy, statistics, shift, inverse, slots, reserved,
+            rows, columns, mask, M, N, RESERVED,
             x_inner, x_outer_stride, x_inner_stride,
             dy_inner, dy_outer_stride, dy_inner_stride, IS_XHAT,
         )  # fmt: skip
@@ -165,26 +217,26 @@ def layer_norm_backward(
             along_xhat = tl.sum(xhat * dxhat, 1) / N
             along_ones = tl.sum(dxhat, 1) / N
             value = dxhat - xhat * along_xhat[:, None] - along_ones[:, None]
+            rstd = tl.load(statistics + M + rows, rows < M, 0.0)
             _store(dx, value * rstd[:, None], rows, columns, mask, N)
         if partials is not None:
-            dweight += tl.sum(upstream * xhat, 0)
-            dbias += tl.sum(upstream, 0)
+            dweight += upstream * xhat
+            dbias += upstream
     if partials is not None:
         own = partials + tl.program_id(0) * N + columns
-        tl.store(own, dweight, columns < N)
-        tl.store(own + tl.num_programs(0) * N, dbias, columns < N)
+        tl.store(own, tl.sum(dweight, 0), columns < N)
+        tl.store(own + tl.num_programs(0) * N, tl.sum(dbias, 0), columns < N)
 
 
 @triton.jit(do_not_specialize=["M"])
 def layer_norm_backward_looped(
-    x, weight, dy, statistics, dx, partials,
-    M, N, x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
+    x, weight, dy, statistics, dx, partials, shift, inverse, slots, reserved, M, N, RESERVED,
+    x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, IS_XHAT: tl.constexpr,
 ):  # fmt: skip
     begin_of_rows = tl.program_id(0).to(tl.int64) * ROWS
     for first in range(begin_of_rows, M, tl.num_programs(0) * ROWS):
         rows = _rows(first, ROWS)
-        mean = tl.load(statistics + rows, rows < M, 0.0)
         rstd = tl.load(statistics + M + rows, rows < M, 0.0)
         along_xhat = tl.zeros((ROWS,), tl.float32)
         along_ones = tl.zeros((ROWS,), tl.float32)
@@ -193,7 +245,8 @@ def layer_norm_backward_looped(
                 columns = begin + tl.arange(0, BLOCK)
                 mask = (rows < M)[:, None] & (columns < N)[None, :]
                 xhat, upstream = _load_xhat_and_gradient(
-                    x, dy, mean, rstd, rows, columns, mask,
+                    x, dy, statistics, shift, inverse, slots, reserved,
+                    rows, columns, mask, M, N, RESERVED,
                     x_inner, x_outer_stride, x_inner_stride,
                     dy_inner, dy_outer_stride, dy_inner_stride, IS_XHAT,
                 )  # fmt: skip
@@ -204,7 +257,8 @@ def layer_norm_backward_looped(
             columns = begin + tl.arange(0, BLOCK)
             mask = (rows < M)[:, None] & (columns < N)[None, :]
             xhat, upstream = _load_xhat_and_gradient(
-                x, dy, mean, rstd, rows, columns, mask,
+                x, dy, statistics, shift, inverse, slots, reserved,
+                rows, columns, mask, M, N, RESERVED,
                 x_inner, x_outer_stride, x_inner_stride,
                 dy_inner, dy_outer_stride, dy_inner_stride, IS_XHAT,
             )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lpln_autopatch.backends.autograd import NO_RECOVERY, Recovery
 from lpln_autopatch.backends.fused import kernels
 
 INTERPRETED: bool = kernels.INTERPRETED.value
@@ -20,6 +21,7 @@ _ONE_BLOCK = 16384  # longest row that is held in registers
 _TILE = 2048  # elements of a tile of several short rows
 _LOOPED_FORWARD, _LOOPED_BACKWARD = (1, 8192), (4, 2048)  # rows and features of a tile of long ones
 _STAGES = 2  # of backward's loops: the next tile is loaded while one is computed
+_SMALL, _STAGES_OF_SMALL = 4096, 3  # but of tiles up to so many elements so many are
 _WARPS_PER_MULTIPROCESSOR = 16  # that go through the rows in backward
 _REDUCED = (128, 32)  # the tile of partial sums that are summed up at once
 
@@ -36,6 +38,7 @@ def forward(
     dtype: torch.dtype,
     statistics: torch.Tensor | None,
     kept: torch.Tensor | None,
+    recovery: Recovery = NO_RECOVERY,
 ) -> torch.Tensor:
     """Normalise `x` over its last `n_dims` dimensions.
 
@@ -50,6 +53,7 @@ def forward(
             (2, M), or None.
         kept: Where to write xhat = (x - mean) / sqrt(variance + eps), of the shape of `x`,
             contiguous, or None.
+        recovery: What `recovery_of` gives: where to write xhat of the features that have a slot.
 
     Returns:
         Tensor of the shape of `x`, contiguous, in `dtype`.
@@ -59,24 +63,40 @@ def forward(
     rows, block, warps = _tile(n, _LOOPED_FORWARD)
     kernel = kernels.layer_norm_forward if block >= n else kernels.layer_norm_forward_looped
     x, *layout = _layout(x, n_dims)
+    _, _, slots, reserved = recovery
     with _on_device_of(x):
         kernel[(-(-m // rows),)](
-            x,
-            weight,
-            bias,
-            y,
-            statistics,
-            kept,
-            m,
-            n,
-            eps,
-            *layout,
-            rows,
-            block,
-            num_warps=warps,
-            **_OPTIONS,
-        )
+            x, weight, bias, y, statistics, kept, slots, reserved, m, n, _width(reserved), eps,
+            *layout, rows, block, num_warps=warps, **_OPTIONS,
+        )  # fmt: skip
     return y
+
+
+def recovery_of(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    m: int,
+    dtype: torch.dtype,
+    features_per_reserved: int,
+    worst_ratio: float,
+) -> tuple[Recovery, torch.Tensor]:
+    """How `backward` gets xhat of `m` rows from a y in `dtype`, and the count of lost features.
+
+    Lost are those whose |bias| is more than `worst_ratio` times |weight|. They have a slot each,
+    in order, as long as there are slots: one for so many features. The count is int32.
+    """
+    n = weight.numel()
+    reserved = -(-n // features_per_reserved)
+    shift, inverse = weight.new_empty((2, n), dtype=torch.float32)
+    slots, count = (weight.new_empty(size, dtype=torch.int32) for size in ((n,), ()))
+    limits = torch.finfo(dtype)
+    block = min(1024, 1 << (n - 1).bit_length())
+    with _on_device_of(weight):
+        kernels.layer_norm_recovery[(1,)](
+            weight, bias, shift, inverse, slots, count, n, reserved,
+            1 / worst_ratio, limits.smallest_normal, limits.eps, block, num_warps=4, **_OPTIONS,
+        )  # fmt: skip
+    return (shift, inverse, slots, weight.new_empty((m, reserved), dtype=dtype)), count
 
 
 def backward(
@@ -87,24 +107,26 @@ def backward(
     bias: torch.Tensor | None,
     statistics: torch.Tensor,
     wanted: Sequence[bool],
+    x_dtype: torch.dtype,
     is_xhat: bool,
+    recovery: Recovery = NO_RECOVERY,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of x, weight and bias, of those that are `wanted`, each in its own dtype.
 
     `dy` is the gradient of the result of `forward`, of any dtype and strides; the other arguments
-    are those of `forward`, which has written `statistics`. If `is_xhat`, x was float32, and in its
-    place is what `forward` has written as `kept`.
+    are those of `forward`, which has written `statistics`. If `is_xhat`, what `forward` has written
+    as `kept` is in the place of x, whose dtype was `x_dtype`; with `recovery` it may be y.
     """
     m, n = statistics.shape[1], x.shape[-n_dims:].numel()
     processors = _multiprocessors(x.device)
     rows, block, warps = _tile(n, _LOOPED_BACKWARD)
+    stages = _stages(rows * block)
     if m < rows * processors:
         rows = 1
     programs = min(-(-m // rows), processors * max(1, _WARPS_PER_MULTIPROCESSOR // warps))
     dx = None
     if wanted[0]:
-        dtype = torch.float32 if is_xhat else x.dtype
-        dx = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        dx = torch.empty_like(x, dtype=x_dtype, memory_format=torch.contiguous_format)
     dweight = torch.empty_like(weight) if weight is not None and wanted[1] else None
     dbias = torch.empty_like(bias) if bias is not None and wanted[2] else None
     partials = None
@@ -115,14 +137,18 @@ def backward(
     dy, *dy_layout = _layout(dy, n_dims)
     with _on_device_of(x):
         kernel[(programs,)](
-            x, weight, dy, statistics, dx, partials, m, n, *x_layout, *dy_layout, rows, block,
-            _STAGES, is_xhat, num_warps=warps, **_OPTIONS,
+            x, weight, dy, statistics, dx, partials, *recovery, m, n, _width(recovery[3]),
+            *x_layout, *dy_layout, rows, block, stages, is_xhat, num_warps=warps, **_OPTIONS,
         )  # fmt: skip
         if partials is not None:
             kernels.layer_norm_reduce[(-(-n // _REDUCED[1]), 2)](
                 partials, dweight, dbias, programs, n, *_REDUCED, num_warps=4, **_OPTIONS
             )
     return dx, dweight, dbias
+
+
+def _width(reserved: torch.Tensor | None) -> int:
+    return 0 if reserved is None else reserved.shape[1]
 
 
 def _layout(x: torch.Tensor, n_dims: int) -> tuple[torch.Tensor, int, int, int]:
@@ -159,6 +185,11 @@ def _tile(n: int, looped: tuple[int, int]) -> tuple[int, int, int]:
         rows = max(1, _TILE // block)
     # 512 elements a warp: two loads of 16 bytes a thread for a 16-bit x.
     return rows, block, min(32, max(1, rows * block // 512))
+
+
+def _stages(elements: int) -> int:
+    """Of backward's loops over tiles of so many elements."""
+    return _STAGES_OF_SMALL if elements <= _SMALL else _STAGES
 
 
 @functools.cache

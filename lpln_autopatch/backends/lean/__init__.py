@@ -9,12 +9,13 @@ is.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lpln_autopatch.backends import autograd, native
+from lpln_autopatch.backends import autograd, fused, native
 from lpln_autopatch.backends.autograd import takes  # by name: `bench count` replaces these two
 from lpln_autopatch.backends.lean import recovery
 from lpln_autopatch.backends.lean.recovery import counter
@@ -47,11 +48,26 @@ def normalise(
     """
     if not takes(x, normalized_shape, weight, bias):
         return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
+    if _runs_kernels(x) and fused.takes(x, normalized_shape, weight, bias):
+        return fused.run(x, normalized_shape, weight, bias, eps, dtype, recovery.plan)
     arguments = x, tuple(normalized_shape), weight, bias, eps, dtype
     if not autograd.wants_gradient(x, weight, bias):
         return _normalise(*arguments)[0]
     y: Tensor = _LeanLayerNorm.apply(*arguments, autograd.stand_in_for(x))  # type: ignore[no-untyped-call]
     return y
+
+
+def _runs_kernels(x: Tensor) -> bool:
+    return x.is_cuda and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    try:
+        fused.load()
+    except ImportError:
+        return False
+    return True
 
 
 def _normalise(

@@ -25,6 +25,8 @@ from collections.abc import Callable, MutableMapping
 import torch
 from torch import Tensor
 
+from lpln_autopatch.backends import fused
+from lpln_autopatch.backends.autograd import NO_RECOVERY, Recovery
 from lpln_autopatch.backends.protocol import Affine
 
 WORST_RATIO = 6
@@ -35,7 +37,7 @@ FEATURES_PER_RESERVED = 32
 
 
 AreFew = Callable[[Tensor, int], bool]
-"""Whether the features that cannot be recovered, a mask of all, are at most as many as these."""
+"""Whether so many features as cannot be recovered, int32, are at most those reserved."""
 
 
 def keep(
@@ -69,12 +71,36 @@ def keep(
     worst = recoverability.topk(reserved, largest=False, sorted=False).indices
     rows = x.reshape(-1, scale.numel()).index_select(1, worst)
     columns = _xhat(rows, mean.view(-1, 1), rstd.view(-1, 1), y.dtype)
-    if not are_few(recoverability < 1 / WORST_RATIO, reserved):
+    lost = (recoverability < 1 / WORST_RATIO).sum(dtype=torch.int32)
+    if not are_few(lost, reserved):
         kept, shift, inverse = _xhat(x, mean, rstd, y.dtype), shift * 0, torch.ones_like(scale)
     else:
         # Where y is noise alone 0 is the better guess.
         kept, inverse = y, torch.where(recoverability > limits.eps, 1 / scale, 0.0)
     return kept, shift, inverse, worst, columns
+
+
+def plan(
+    x: Tensor, weight: Affine, bias: Affine, rows: int, dtype: torch.dtype
+) -> tuple[str, Recovery]:
+    """What the kernels of `fused` keep by the same rules: its `Plan`.
+
+    But the features of which xhat itself is kept are those that cannot be recovered, and no others.
+    """
+    if weight is None and bias is None:
+        return "y", NO_RECOVERY
+    are_few = counter(weight)
+    if weight is None or are_few is None:
+        return "xhat", NO_RECOVERY
+    recovery, count = fused.launcher().recovery_of(
+        weight, bias, rows, dtype, FEATURES_PER_RESERVED, WORST_RATIO
+    )
+    shift, inverse, _, reserved = recovery
+    if are_few(count, reserved.shape[1]):
+        return "y", recovery
+    shift.zero_()
+    inverse.fill_(1)
+    return "xhat", recovery
 
 
 def _xhat(x: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
@@ -105,13 +131,12 @@ def counter(weight: Affine) -> AreFew | None:
     return _are_few if weight.is_cpu else None
 
 
-def _are_few(unrecoverable: Tensor, reserved: int) -> bool:
-    return unrecoverable.sum(dtype=torch.int32).item() <= reserved
+def _are_few(count: Tensor, reserved: int) -> bool:
+    return count.item() <= reserved
 
 
-def _were_few(parameter: torch.nn.Parameter, unrecoverable: Tensor, reserved: int) -> bool:
+def _were_few(parameter: torch.nn.Parameter, count: Tensor, reserved: int) -> bool:
     """Whether they were by the last count of this `parameter` that has arrived on the host."""
-    count = unrecoverable.sum(dtype=torch.int32)
     counts = _counts()
     arrived = counts.get(parameter)
     if arrived is None:
