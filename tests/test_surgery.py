@@ -467,7 +467,8 @@ def dtype_and_backward(model):
     y.float().square().sum().backward()
     return y.dtype
 
-norm = fully_shard(torch.nn.LayerNorm(8))
+cpu = dist.init_device_mesh("cpu", (1,))
+norm = fully_shard(torch.nn.LayerNorm(8), mesh=cpu)
 print(len(apply_low_precision_layernorm(norm)), dtype_and_backward(norm))
 ddp = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)))
 print(len(apply_low_precision_layernorm(ddp)), dtype_and_backward(ddp))
