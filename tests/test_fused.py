@@ -141,9 +141,8 @@ SHAPES = [
     ((1, 1, 768), 1),
     ((90, 768), 1),
     ((50, 2048), 1),
+    ((9, 8192), 1),
     ((9, 8193), 1),
-    ((9, 16384), 1),
-    ((9, 16385), 1),
     ((1, 65536), 1),
 ]
 
@@ -573,14 +572,14 @@ def kernels_of(call):
 
 @needs_gpu
 @pytest.mark.parametrize("x_dtype", [FP32, BF16])
-@pytest.mark.parametrize("features", [1024, 16384, 20000])
+@pytest.mark.parametrize("features", [1024, 8192, 20000])
 def test_one_kernel_forward_and_two_backward(x_dtype, features):
     """Nothing is launched but the kernels: no cast, no copy, no fill."""
     x, *rest = arguments((4096, features), x_dtype=x_dtype)
     y = fused.normalise(x, *rest, 1e-5, BF16)
     dy = torch.randn_like(y)
     leaves = [x, *rest[1:]]
-    looped = "_looped" if features > 16384 else ""
+    looped = "_looped" if features > 8192 else ""
     forward = kernels_of(lambda: fused.normalise(x, *rest, 1e-5, BF16))
     assert forward == [f"layer_norm_forward{looped}"]
     backward = kernels_of(lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True))
@@ -588,7 +587,7 @@ def test_one_kernel_forward_and_two_backward(x_dtype, features):
 
 
 @needs_gpu
-@pytest.mark.parametrize(("rows", "features"), [(20000, 768), (4000, 16384), (4000, 17000)])
+@pytest.mark.parametrize(("rows", "features"), [(20000, 768), (4000, 8192), (4000, 17000)])
 def test_every_program_goes_through_several_tiles(rows, features):
     """Gradients of weight and bias over more tiles than programs: right, and the same twice."""
     inputs = arguments((rows, features))
@@ -646,7 +645,10 @@ def test_more_elements_than_32_bits_count():
 
 @runs_kernels
 def test_kernels_compile_for_a_gpu_that_is_not_here():
-    """Triton compiles the tiles that are launched for compute capability 9.0, to machine code."""
+    """Triton compiles the tiles that are launched for compute capability 9.0, to machine code.
+
+    They need no more shared memory than smaller GPUs have.
+    """
     printed = run_forked("-c", COMPILE).stdout
     assert printed.split() == ["forward", "forward", "backward", "backward"] * 4 + [
         "reduce"
@@ -681,15 +683,17 @@ COMPILE = textwrap.dedent(
         }
         source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
         options = {"num_warps": warps, **launch._OPTIONS}
-        assert triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["cubin"]
+        compiled = triton.compile(source, GPUTarget("cuda", 90, 32), options)
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= 99 * 1024  # what a block has on a GeForce, too
         print(name.removesuffix("_looped"))
 
     contiguous = dict(x_inner=1, dy_inner=1)
     no_recovery = dict.fromkeys(("shift", "inverse", "slots", "reserved"))
     for n, absent in (
         (1024, {}),
-        (16384, dict(bias=None, statistics=None, dx=None, kept=None)),
-        (16400, {}),
+        (8192, dict(bias=None, statistics=None, dx=None, kept=None)),
+        (8208, {}),
         (65536, dict(weight=None, partials=None, kept=None)),
     ):
         looped = "_looped" if n > launch._ONE_BLOCK else ""
@@ -697,8 +701,8 @@ COMPILE = textwrap.dedent(
         for name in tiles:
             rows, block, warps = launch._tile(n, tiles[name])
             constants = dict(ROWS=rows, BLOCK=block, IS_XHAT="kept" not in absent)
-            constants["STAGES"] = launch._stages(rows * block)
             for recovery in ({}, no_recovery):
+                constants["STAGES"] = launch._stages(rows * block, looped and not recovery)
                 compile(name + looped, warps, **constants, **contiguous, **absent, **recovery)
     for absent in ({}, dict(dweight=None), dict(dbias=None)):
         compile("reduce", 4, **dict(zip(("ROWS", "BLOCK"), launch._REDUCED)), **absent)

@@ -171,24 +171,31 @@ def layer_norm_forward_looped(
 
 
 @triton.jit
-def _load_xhat_and_gradient(
-    x, dy, statistics, shift, inverse, slots, reserved, rows, columns, mask, M, N, RESERVED,
-    x_inner, x_outer_stride, x_inner_stride,
-    dy_inner, dy_outer_stride, dy_inner_stride, IS_XHAT: tl.constexpr,
-):  # fmt: skip
-    xhat = _load(x, rows, columns, mask, x_inner, x_outer_stride, x_inner_stride)
-    if shift is not None:
-        slot = tl.load(slots + columns, columns < N, -1)[None, :]
-        own = reserved + rows[:, None] * RESERVED + slot
-        own = tl.load(own, mask & (slot >= 0), 0.0).to(tl.float32)
+def _load_recovery(shift, inverse, slots, columns, N):
+    if shift is None:
+        offset, one_over, slot = None, None, None
+    else:
         offset = _load_parameter(shift, columns, N, 0.0)
         one_over = _load_parameter(inverse, columns, N, 1.0)
+        slot = tl.load(slots + columns, columns < N, -1)[None, :]
+    return offset, one_over, slot
+
+
+@triton.jit
+def _load_xhat(
+    x, statistics, offset, one_over, slot, reserved, rows, columns, mask, M, RESERVED,
+    inner, outer_stride, inner_stride, IS_XHAT: tl.constexpr,
+):  # fmt: skip
+    xhat = _load(x, rows, columns, mask, inner, outer_stride, inner_stride)
+    if offset is not None:
+        own = reserved + rows[:, None] * RESERVED + slot
+        own = tl.load(own, mask & (slot >= 0), 0.0).to(tl.float32)
         xhat = tl.where(slot >= 0, own, (xhat - offset) * one_over)
     elif not IS_XHAT:
         mean = tl.load(statistics + rows, rows < M, 0.0)
         rstd = tl.load(statistics + M + rows, rows < M, 0.0)
         xhat = (xhat - mean[:, None]) * rstd[:, None]
-    return xhat, _load(dy, rows, columns, mask, dy_inner, dy_outer_stride, dy_inner_stride)
+    return xhat
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -199,6 +206,7 @@ def layer_norm_backward(
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     scale = _load_parameter(weight, columns, N, 1.0)
+    offset, one_over, slot = _load_recovery(shift, inverse, slots, columns, N)
     # Over the rows of a tile it is summed up at the end, once: threads then wait for each other.
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -206,12 +214,11 @@ def layer_norm_backward(
     for first in tl.range(tl.program_id(0).to(tl.int64) * ROWS, M, step, num_stages=STAGES):
         rows = _rows(first, ROWS)
         mask = (rows < M)[:, None] & (columns < N)[None, :]
-        xhat, upstream = _load_xhat_and_gradient(
-            x, dy, statistics, shift, inverse, slots, reserved,
-            rows, columns, mask, M, N, RESERVED,
-            x_inner, x_outer_stride, x_inner_stride,
-            dy_inner, dy_outer_stride, dy_inner_stride, IS_XHAT,
+        xhat = _load_xhat(
+            x, statistics, offset, one_over, slot, reserved, rows, columns, mask, M, RESERVED,
+            x_inner, x_outer_stride, x_inner_stride, IS_XHAT,
         )  # fmt: skip
+        upstream = _load(dy, rows, columns, mask, dy_inner, dy_outer_stride, dy_inner_stride)
         if dx is not None:
             dxhat = upstream * scale
             along_xhat = tl.sum(xhat * dxhat, 1) / N
@@ -244,24 +251,27 @@ def layer_norm_backward_looped(
             for begin in tl.range(0, N, BLOCK, num_stages=STAGES):
                 columns = begin + tl.arange(0, BLOCK)
                 mask = (rows < M)[:, None] & (columns < N)[None, :]
-                xhat, upstream = _load_xhat_and_gradient(
-                    x, dy, statistics, shift, inverse, slots, reserved,
-                    rows, columns, mask, M, N, RESERVED,
-                    x_inner, x_outer_stride, x_inner_stride,
-                    dy_inner, dy_outer_stride, dy_inner_stride, IS_XHAT,
+                offset, one_over, slot = _load_recovery(shift, inverse, slots, columns, N)
+                xhat = _load_xhat(
+                    x, statistics, offset, one_over, slot, reserved,
+                    rows, columns, mask, M, RESERVED,
+                    x_inner, x_outer_stride, x_inner_stride, IS_XHAT,
                 )  # fmt: skip
+                upstream = _load(
+                    dy, rows, columns, mask, dy_inner, dy_outer_stride, dy_inner_stride
+                )
                 dxhat = upstream * _load_parameter(weight, columns, N, 1.0)
                 along_xhat += tl.sum(xhat * dxhat, 1) / N
                 along_ones += tl.sum(dxhat, 1) / N
         for begin in tl.range(0, N, BLOCK, num_stages=STAGES):
             columns = begin + tl.arange(0, BLOCK)
             mask = (rows < M)[:, None] & (columns < N)[None, :]
-            xhat, upstream = _load_xhat_and_gradient(
-                x, dy, statistics, shift, inverse, slots, reserved,
-                rows, columns, mask, M, N, RESERVED,
-                x_inner, x_outer_stride, x_inner_stride,
-                dy_inner, dy_outer_stride, dy_inner_stride, IS_XHAT,
+            offset, one_over, slot = _load_recovery(shift, inverse, slots, columns, N)
+            xhat = _load_xhat(
+                x, statistics, offset, one_over, slot, reserved, rows, columns, mask, M, RESERVED,
+                x_inner, x_outer_stride, x_inner_stride, IS_XHAT,
             )  # fmt: skip
+            upstream = _load(dy, rows, columns, mask, dy_inner, dy_outer_stride, dy_inner_stride)
             if dx is not None:
                 dxhat = upstream * _load_parameter(weight, columns, N, 1.0)
                 value = dxhat - xhat * along_xhat[:, None] - along_ones[:, None]

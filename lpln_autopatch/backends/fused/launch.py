@@ -15,14 +15,13 @@ from lpln_autopatch.backends.fused import kernels
 
 INTERPRETED: bool = kernels.INTERPRETED.value
 
-# Chosen by what compiles for compute capability 9.0 without spilling registers (except backward
-# from 8192 features on, where that costs less than a second pass). To be measured on a GPU.
-_ONE_BLOCK = 16384  # longest row that is held in registers
+# Measured on an H200.
+_ONE_BLOCK = 8192  # longest row that is held in registers
 _TILE = 2048  # elements of a tile of several short rows
-_LOOPED_FORWARD, _LOOPED_BACKWARD = (1, 8192), (4, 2048)  # rows and features of a tile of long ones
-_STAGES = 2  # of backward's loops: the next tile is loaded while one is computed
-_SMALL, _STAGES_OF_SMALL = 4096, 3  # but of tiles up to so many elements so many are
-_WARPS_PER_MULTIPROCESSOR = 16  # that go through the rows in backward
+_LOOPED_FORWARD, _LOOPED_BACKWARD = (1, 8192), (2, 2048)  # rows and features of a tile of long ones
+_WARPS = 8  # at most, of a program
+_WARPS_PER_MULTIPROCESSOR = 16  # that go through the rows in backward,
+_LOOPED_WARPS_PER_MULTIPROCESSOR = 32  # if these are long
 _REDUCED = (128, 32)  # the tile of partial sums that are summed up at once
 
 # Triton's default changes in 3.10, and until then it warns.
@@ -120,10 +119,11 @@ def backward(
     m, n = statistics.shape[1], x.shape[-n_dims:].numel()
     processors = _multiprocessors(x.device)
     rows, block, warps = _tile(n, _LOOPED_BACKWARD)
-    stages = _stages(rows * block)
+    stages = _stages(rows * block, block < n and recovery[0] is not None)
     if m < rows * processors:
         rows = 1
-    programs = min(-(-m // rows), processors * max(1, _WARPS_PER_MULTIPROCESSOR // warps))
+    at_once = _WARPS_PER_MULTIPROCESSOR if block >= n else _LOOPED_WARPS_PER_MULTIPROCESSOR
+    programs = min(-(-m // rows), processors * (at_once // warps))
     dx = None
     if wanted[0]:
         dx = torch.empty_like(x, dtype=x_dtype, memory_format=torch.contiguous_format)
@@ -184,12 +184,15 @@ def _tile(n: int, looped: tuple[int, int]) -> tuple[int, int, int]:
         block = 1 << (n - 1).bit_length()
         rows = max(1, _TILE // block)
     # 512 elements a warp: two loads of 16 bytes a thread for a 16-bit x.
-    return rows, block, min(32, max(1, rows * block // 512))
+    return rows, block, min(_WARPS, max(1, rows * block // 512))
 
 
-def _stages(elements: int) -> int:
-    """Of backward's loops over tiles of so many elements."""
-    return _STAGES_OF_SMALL if elements <= _SMALL else _STAGES
+def _stages(elements: int, loads_recovery: bool) -> int:
+    """Of backward's loops over tiles of so many elements: the next ones are loaded meanwhile.
+
+    What they load, of `shift` and its like too, has to fit into 99 KB, where smaller GPUs hold it.
+    """
+    return 3 if elements <= 4096 and not loads_recovery else 2
 
 
 @functools.cache
