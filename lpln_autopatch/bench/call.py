@@ -29,7 +29,7 @@ M, N     rows, and features of a row; input: the dtype of x
 / NAME   time over that of NAME: median (quartiles) of the rounds; below 1 is faster
 gives    the dtype of what LayerNorm returns
 error    relative, against float64: of y once rounded to the autocast dtype, of each gradient"""
-SHAPES = ((8, 64), (4096, 1024))
+SMALL, LARGE, LARGE_ON_A_GPU = (8, 64), (4096, 1024), (65536, 1024)
 PASSES = {False: "forward", True: "forward and backward"}
 STOCK = Contender("stock", contenders.StockLayerNorm)
 RECIPE = Contender("Composer's recipe", ComposerRecipe)
@@ -49,12 +49,13 @@ def groups(device: torch.device) -> tuple[list[Contender], list[Contender]]:
 
 def run(options: Namespace, progress: Progress) -> list[Row]:
     """Time every contender: two shapes, each with float32 x and with x in the autocast dtype."""
+    shapes = SMALL, LARGE if options.device.type == "cpu" else LARGE_ON_A_GPU
     mixed = options.device.type != "cpu" or CPU_TAKES_MIXED_DTYPES
     cases = [
         (shape, x, dtype)
         for dtype in options.dtypes or [torch.bfloat16]
         for x in [torch.float32, *[dtype] * mixed]
-        for shape in SHAPES
+        for shape in shapes
     ]
     rounds = options.rounds or (2 if options.quick else 60)
     progress.expect(len(cases), 2 * len(PASSES) * len(cases) * rounds)
