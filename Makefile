@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/installed
 DEMO := $(VENV)
 EXAMPLE := docs/examples/train.py
 
-.PHONY: help demo test test-composer test-frameworks lint docs dist clean
+.PHONY: help demo test test-triton test-composer test-frameworks lint docs dist clean
 
 # Disk and time were measured with torch 2.13.0 for CPU, on 2 busy cores, without downloading.
 help:
@@ -29,6 +29,7 @@ help:
 	  'make lint             ruff and mypy, with the same' \
 	  'make docs             the site, in build/site: MkDocs, 0.1 GB more' \
 	  'make dist             the files of a release, in dist: build and twine, 0.03 GB more' \
+	  'make test-triton      compile the kernels with older Tritons: 0.7 GB more' \
 	  'make test-composer    with MosaicML Composer' \
 	  'make test-frameworks  with transformers, Accelerate, Lightning, timm: 0.1 GB more' \
 	  'make clean            remove every environment, build and dist' \
@@ -51,6 +52,14 @@ demo: $(RUNS)
 # pytest's own command does not put the checkout on sys.path: what is tested is the wheel.
 test: $(INSTALLED)
 	$(VENV)/bin/pytest --numprocesses auto --dist loadgroup --durations 10
+
+# The kernels compile with the Triton of torch 2.6 and of 2.11 too; `test` takes the newest.
+test-triton: $(INSTALLED)
+	set -e; for triton in 3.2.0 3.6.0; do \
+	  rm -rf $(VENV)/triton; \
+	  $(VENV)/bin/pip install --no-deps --target $(VENV)/triton triton==$$triton; \
+	  PYTHONPATH=$(abspath $(VENV)/triton) $(VENV)/bin/pytest tests/test_fused.py -k compile_for; \
+	done
 
 # Composer pins an old torch; without its pins it runs on the newest.
 test-composer: $(INSTALLED)

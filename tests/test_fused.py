@@ -681,6 +681,9 @@ COMPILE = textwrap.dedent(
             for i, a in enumerate(arguments)
             if a not in constants and TYPES.get(a, "M") != "fp32" and a not in ("M", "programs")
         }
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+            signature = {a: kind for a, kind in signature.items() if kind != "constexpr"}
+            aligned = None
         source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
         options = {"num_warps": warps, **launch._OPTIONS}
         compiled = triton.compile(source, GPUTarget("cuda", 90, 32), options)

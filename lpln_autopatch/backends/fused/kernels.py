@@ -51,6 +51,11 @@ def _load_parameter(parameter, columns, N, if_none: tl.constexpr):
 
 
 @triton.jit
+def _load_slots(slots, columns, N):
+    return -1 if slots is None else tl.load(slots + columns, columns < N, -1)[None, :]
+
+
+@triton.jit
 def _store(tensor, value, rows, columns, mask, N):
     offsets = rows[:, None] * N + columns[None, :]
     tl.store(tensor + offsets, _round(value, tensor.dtype.element_ty), mask)
@@ -75,7 +80,7 @@ def _store_statistics(statistics, mean, rstd, rows, M):
 
 @triton.jit
 def _reserve(reserved, slots, xhat, rows, columns, mask, N, RESERVED):
-    slot = tl.load(slots + columns, columns < N, -1)[None, :]
+    slot = _load_slots(slots, columns, N)
     value = _round(xhat, reserved.dtype.element_ty)
     tl.store(reserved + rows[:, None] * RESERVED + slot, value, mask & (slot >= 0))
 
@@ -171,23 +176,12 @@ def layer_norm_forward_looped(
 
 
 @triton.jit
-def _load_recovery(shift, inverse, slots, columns, N):
-    if shift is None:
-        offset, one_over, slot = None, None, None
-    else:
-        offset = _load_parameter(shift, columns, N, 0.0)
-        one_over = _load_parameter(inverse, columns, N, 1.0)
-        slot = tl.load(slots + columns, columns < N, -1)[None, :]
-    return offset, one_over, slot
-
-
-@triton.jit
 def _load_xhat(
     x, statistics, offset, one_over, slot, reserved, rows, columns, mask, M, RESERVED,
     inner, outer_stride, inner_stride, IS_XHAT: tl.constexpr,
 ):  # fmt: skip
     xhat = _load(x, rows, columns, mask, inner, outer_stride, inner_stride)
-    if offset is not None:
+    if reserved is not None:
         own = reserved + rows[:, None] * RESERVED + slot
         own = tl.load(own, mask & (slot >= 0), 0.0).to(tl.float32)
         xhat = tl.where(slot >= 0, own, (xhat - offset) * one_over)
@@ -206,7 +200,9 @@ def layer_norm_backward(
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     scale = _load_parameter(weight, columns, N, 1.0)
-    offset, one_over, slot = _load_recovery(shift, inverse, slots, columns, N)
+    offset = _load_parameter(shift, columns, N, 0.0)
+    one_over = _load_parameter(inverse, columns, N, 1.0)
+    slot = _load_slots(slots, columns, N)
     # Over the rows of a tile it is summed up at the end, once: threads then wait for each other.
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -251,7 +247,9 @@ def layer_norm_backward_looped(
             for begin in tl.range(0, N, BLOCK, num_stages=STAGES):
                 columns = begin + tl.arange(0, BLOCK)
                 mask = (rows < M)[:, None] & (columns < N)[None, :]
-                offset, one_over, slot = _load_recovery(shift, inverse, slots, columns, N)
+                offset = _load_parameter(shift, columns, N, 0.0)
+                one_over = _load_parameter(inverse, columns, N, 1.0)
+                slot = _load_slots(slots, columns, N)
                 xhat = _load_xhat(
                     x, statistics, offset, one_over, slot, reserved,
                     rows, columns, mask, M, RESERVED,
@@ -266,7 +264,9 @@ def layer_norm_backward_looped(
         for begin in tl.range(0, N, BLOCK, num_stages=STAGES):
             columns = begin + tl.arange(0, BLOCK)
             mask = (rows < M)[:, None] & (columns < N)[None, :]
-            offset, one_over, slot = _load_recovery(shift, inverse, slots, columns, N)
+            offset = _load_parameter(shift, columns, N, 0.0)
+            one_over = _load_parameter(inverse, columns, N, 1.0)
+            slot = _load_slots(slots, columns, N)
             xhat = _load_xhat(
                 x, statistics, offset, one_over, slot, reserved, rows, columns, mask, M, RESERVED,
                 x_inner, x_outer_stride, x_inner_stride, IS_XHAT,
