@@ -665,7 +665,7 @@ COMPILE = textwrap.dedent(
     TYPES = dict(
         x="*bf16", weight="*fp32", bias="*fp32", y="*bf16", dy="*bf16", dx="*bf16",
         kept="*bf16", statistics="*fp32", partials="*fp32", dweight="*fp32", dbias="*fp32",
-        shift="*fp32", inverse="*fp32", slots="*i32", reserved="*bf16", count="*i32",
+        recovery="*fp32", reserved="*bf16",
         eps="fp32", worst="fp32", smallest="fp32", rounding="fp32",
     )
 
@@ -692,7 +692,7 @@ COMPILE = textwrap.dedent(
         print(name.removesuffix("_looped"))
 
     contiguous = dict(x_inner=1, dy_inner=1)
-    no_recovery = dict.fromkeys(("shift", "inverse", "slots", "reserved"))
+    no_recovery = dict.fromkeys(("recovery", "reserved"))
     for n, absent in (
         (1024, {}),
         (8192, dict(bias=None, statistics=None, dx=None, kept=None)),

@@ -17,10 +17,10 @@ from lpln_autopatch.torch_compat import forward_mode_is_on, never_a_frame_of_its
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
-Recovery = tuple[Tensor, Tensor, Tensor, Tensor] | tuple[None, None, None, None]
-"""How the kernels get xhat from y: their arguments shift, inverse, slots and reserved."""
+Recovery = tuple[Tensor, Tensor] | tuple[None, None]
+"""How the kernels get xhat from y: their arguments recovery and reserved."""
 
-NO_RECOVERY: Recovery = (None, None, None, None)
+NO_RECOVERY: Recovery = (None, None)
 
 operator = torch.ops.aten.native_layer_norm_backward.default
 

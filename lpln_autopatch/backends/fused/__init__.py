@@ -194,18 +194,13 @@ class _FusedLayerNorm(torch.autograd.Function):
         return dx, None, dweight, dbias, None, None, None, None
 
 
-def _xhat(
-    kept: Tensor,
-    shift: Tensor | None,
-    inverse: Tensor | None,
-    slots: Tensor | None,
-    reserved: Tensor | None,
-) -> Tensor:
+def _xhat(kept: Tensor, recovery: Tensor | None, reserved: Tensor | None) -> Tensor:
     """What the kernels take for xhat, in float32."""
-    if shift is None or inverse is None or slots is None or reserved is None:
+    if recovery is None or reserved is None:
         return kept.float()
+    shift, inverse, slots = recovery[:-1].view(3, -1)
     recovered = (kept.reshape(-1, slots.numel()) - shift) * inverse
-    own = reserved.float().index_select(1, slots.clamp(min=0))
+    own = reserved.float().index_select(1, slots.clamp(min=0).long())
     return torch.where(slots >= 0, own, recovered).view(kept.shape)
 
 

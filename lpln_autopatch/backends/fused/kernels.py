@@ -8,10 +8,11 @@ Arguments that several kernels share:
     M, N: Rows, and features in each.
     statistics: float32, shape (2, M): mean, and 1 / sqrt(variance + eps).
     kept: xhat = (x - mean) / sqrt(variance + eps), rounded: backward takes it for x if IS_XHAT.
-    shift, inverse, slots, reserved: how backward gets xhat from y, which it takes for x if shift is
-        there: (y - shift) * inverse, float32, shape (N,); but for a feature with a slot, int32,
-        that is not negative, xhat itself, rounded, lies there in the row's RESERVED elements of
-        reserved. ../lean/recovery.py says why.
+    recovery, reserved: how backward gets xhat from y, which it takes for x if they are there.
+        recovery: float32, shape (3 * N + 1,): shift, inverse and slot of each feature, and the
+        number of those that are lost. xhat = (y - shift) * inverse; but if slot is not negative,
+        it lies there, rounded, in the row's RESERVED elements of reserved, shape (M, RESERVED).
+        ../lean/recovery.py says why.
     *_inner, *_outer_stride, *_inner_stride: row r begins at element
         (r // inner) * outer_stride + (r % inner) * inner_stride.
     partials: float32, shape (2, programs, N): what each program has summed up of dweight and dbias.
@@ -51,8 +52,19 @@ def _load_parameter(parameter, columns, N, if_none: tl.constexpr):
 
 
 @triton.jit
-def _load_slots(slots, columns, N):
-    return -1 if slots is None else tl.load(slots + columns, columns < N, -1)[None, :]
+def _load_slots(recovery, columns, N):
+    return tl.load(recovery + 2 * N + columns, columns < N, -1.0).to(tl.int32)[None, :]
+
+
+@triton.jit
+def _load_recovery(recovery, columns, N):
+    if recovery is None:
+        offset, one_over, slot = 0.0, 1.0, -1
+    else:
+        offset = _load_parameter(recovery, columns, N, 0.0)
+        one_over = _load_parameter(recovery + N, columns, N, 0.0)
+        slot = _load_slots(recovery, columns, N)
+    return offset, one_over, slot
 
 
 @triton.jit
@@ -79,19 +91,18 @@ def _store_statistics(statistics, mean, rstd, rows, M):
 
 
 @triton.jit
-def _reserve(reserved, slots, xhat, rows, columns, mask, N, RESERVED):
-    slot = _load_slots(slots, columns, N)
+def _reserve(recovery, reserved, xhat, rows, columns, mask, N, RESERVED):
+    slot = _load_slots(recovery, columns, N)
     value = _round(xhat, reserved.dtype.element_ty)
     tl.store(reserved + rows[:, None] * RESERVED + slot, value, mask & (slot >= 0))
 
 
 @triton.jit
 def layer_norm_recovery(
-    weight, bias, shift, inverse, slots, count,
-    N, RESERVED, worst, smallest, rounding, BLOCK: tl.constexpr,
-):  # fmt: skip
+    weight, bias, recovery, N, RESERVED, worst, smallest, rounding, BLOCK: tl.constexpr
+):
     """How to get xhat from y, and of how many features it cannot be had: one program."""
-    lost = 0
+    lost = tl.zeros((), tl.int32)
     for begin in range(0, N, BLOCK):
         columns = begin + tl.arange(0, BLOCK)
         inside = columns < N
@@ -104,19 +115,19 @@ def layer_norm_recovery(
         slot = lost + tl.cumsum(is_lost, 0) - 1
         slot = tl.where((is_lost == 1) & (slot < RESERVED), slot, -1)
         lost += tl.sum(is_lost, 0)
-        tl.store(slots + columns, slot, inside)
-        tl.store(shift + columns, offset, inside)
+        tl.store(recovery + columns, offset, inside)
         # Where y is noise alone 0 is the better guess.
         known = recoverability > rounding
         one_over = tl.where(known, 1 / tl.where(known, scale, 1.0), 0.0)
-        tl.store(inverse + columns, one_over, inside)
-    tl.store(count, lost)
+        tl.store(recovery + N + columns, one_over, inside)
+        tl.store(recovery + 2 * N + columns, slot.to(tl.float32), inside)
+    tl.store(recovery + 3 * N, lost.to(tl.float32))
 
 
 # M changes from batch to batch: no compilation for each kind of number that it may be.
 @triton.jit(do_not_specialize=["M"])
 def layer_norm_forward(
-    x, weight, bias, y, statistics, kept, slots, reserved,
+    x, weight, bias, y, statistics, kept, recovery, reserved,
     M, N, RESERVED, eps, x_inner, x_outer_stride, x_inner_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -134,13 +145,13 @@ def layer_norm_forward(
     _store(y, xhat * scale + shift, rows, columns, mask, N)
     if kept is not None:
         _store(kept, xhat, rows, columns, mask, N)
-    if slots is not None:
-        _reserve(reserved, slots, xhat, rows, columns, mask, N, RESERVED)
+    if reserved is not None:
+        _reserve(recovery, reserved, xhat, rows, columns, mask, N, RESERVED)
 
 
 @triton.jit(do_not_specialize=["M"])
 def layer_norm_forward_looped(
-    x, weight, bias, y, statistics, kept, slots, reserved,
+    x, weight, bias, y, statistics, kept, recovery, reserved,
     M, N, RESERVED, eps, x_inner, x_outer_stride, x_inner_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -171,8 +182,8 @@ def layer_norm_forward_looped(
         _store(y, xhat * scale + shift, rows, columns, mask, N)
         if kept is not None:
             _store(kept, xhat, rows, columns, mask, N)
-        if slots is not None:
-            _reserve(reserved, slots, xhat, rows, columns, mask, N, RESERVED)
+        if reserved is not None:
+            _reserve(recovery, reserved, xhat, rows, columns, mask, N, RESERVED)
 
 
 @triton.jit
@@ -194,15 +205,13 @@ def _load_xhat(
 
 @triton.jit(do_not_specialize=["M"])
 def layer_norm_backward(
-    x, weight, dy, statistics, dx, partials, shift, inverse, slots, reserved, M, N, RESERVED,
+    x, weight, dy, statistics, dx, partials, recovery, reserved, M, N, RESERVED,
     x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, IS_XHAT: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     scale = _load_parameter(weight, columns, N, 1.0)
-    offset = _load_parameter(shift, columns, N, 0.0)
-    one_over = _load_parameter(inverse, columns, N, 1.0)
-    slot = _load_slots(slots, columns, N)
+    offset, one_over, slot = _load_recovery(recovery, columns, N)
     # Over the rows of a tile it is summed up at the end, once: threads then wait for each other.
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -233,7 +242,7 @@ def layer_norm_backward(
 
 @triton.jit(do_not_specialize=["M"])
 def layer_norm_backward_looped(
-    x, weight, dy, statistics, dx, partials, shift, inverse, slots, reserved, M, N, RESERVED,
+    x, weight, dy, statistics, dx, partials, recovery, reserved, M, N, RESERVED,
     x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, IS_XHAT: tl.constexpr,
 ):  # fmt: skip
@@ -247,9 +256,7 @@ def layer_norm_backward_looped(
             for begin in tl.range(0, N, BLOCK, num_stages=STAGES):
                 columns = begin + tl.arange(0, BLOCK)
                 mask = (rows < M)[:, None] & (columns < N)[None, :]
-                offset = _load_parameter(shift, columns, N, 0.0)
-                one_over = _load_parameter(inverse, columns, N, 1.0)
-                slot = _load_slots(slots, columns, N)
+                offset, one_over, slot = _load_recovery(recovery, columns, N)
                 xhat = _load_xhat(
                     x, statistics, offset, one_over, slot, reserved,
                     rows, columns, mask, M, RESERVED,
@@ -264,9 +271,7 @@ def layer_norm_backward_looped(
         for begin in tl.range(0, N, BLOCK, num_stages=STAGES):
             columns = begin + tl.arange(0, BLOCK)
             mask = (rows < M)[:, None] & (columns < N)[None, :]
-            offset = _load_parameter(shift, columns, N, 0.0)
-            one_over = _load_parameter(inverse, columns, N, 1.0)
-            slot = _load_slots(slots, columns, N)
+            offset, one_over, slot = _load_recovery(recovery, columns, N)
             xhat = _load_xhat(
                 x, statistics, offset, one_over, slot, reserved, rows, columns, mask, M, RESERVED,
                 x_inner, x_outer_stride, x_inner_stride, IS_XHAT,

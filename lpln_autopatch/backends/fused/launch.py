@@ -62,10 +62,9 @@ def forward(
     rows, block, warps = _tile(n, _LOOPED_FORWARD)
     kernel = kernels.layer_norm_forward if block >= n else kernels.layer_norm_forward_looped
     x, *layout = _layout(x, n_dims)
-    _, _, slots, reserved = recovery
     with _on_device_of(x):
         kernel[(-(-m // rows),)](
-            x, weight, bias, y, statistics, kept, slots, reserved, m, n, _width(reserved), eps,
+            x, weight, bias, y, statistics, kept, *recovery, m, n, _width(recovery[1]), eps,
             *layout, rows, block, num_warps=warps, **_OPTIONS,
         )  # fmt: skip
     return y
@@ -78,24 +77,24 @@ def recovery_of(
     dtype: torch.dtype,
     features_per_reserved: int,
     worst_ratio: float,
-) -> tuple[Recovery, torch.Tensor]:
-    """How `backward` gets xhat of `m` rows from a y in `dtype`, and the count of lost features.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How `backward` gets xhat of `m` rows from a y in `dtype`: a `Recovery`.
 
-    Lost are those whose |bias| is more than `worst_ratio` times |weight|. They have a slot each,
-    in order, as long as there are slots: one for so many features. The count is int32.
+    Lost are the features whose |bias| is more than `worst_ratio` times |weight|. They have a slot
+    each, in order, as long as there are slots: one for so many features. How many are lost is the
+    last element of the first tensor.
     """
     n = weight.numel()
-    reserved = -(-n // features_per_reserved)
-    shift, inverse = weight.new_empty((2, n), dtype=torch.float32)
-    slots, count = (weight.new_empty(size, dtype=torch.int32) for size in ((n,), ()))
+    reserved = weight.new_empty((m, -(-n // features_per_reserved)), dtype=dtype)
+    recovery = weight.new_empty(3 * n + 1, dtype=torch.float32)
     limits = torch.finfo(dtype)
     block = min(1024, 1 << (n - 1).bit_length())
     with _on_device_of(weight):
         kernels.layer_norm_recovery[(1,)](
-            weight, bias, shift, inverse, slots, count, n, reserved,
+            weight, bias, recovery, n, reserved.shape[1],
             1 / worst_ratio, limits.smallest_normal, limits.eps, block, num_warps=4, **_OPTIONS,
         )  # fmt: skip
-    return (shift, inverse, slots, weight.new_empty((m, reserved), dtype=dtype)), count
+    return recovery, reserved
 
 
 def backward(
@@ -137,7 +136,7 @@ def backward(
     dy, *dy_layout = _layout(dy, n_dims)
     with _on_device_of(x):
         kernel[(programs,)](
-            x, weight, dy, statistics, dx, partials, *recovery, m, n, _width(recovery[3]),
+            x, weight, dy, statistics, dx, partials, *recovery, m, n, _width(recovery[1]),
             *x_layout, *dy_layout, rows, block, stages, is_xhat, num_warps=warps, **_OPTIONS,
         )  # fmt: skip
         if partials is not None:

@@ -37,7 +37,7 @@ FEATURES_PER_RESERVED = 32
 
 
 AreFew = Callable[[Tensor, int], bool]
-"""Whether so many features as cannot be recovered, int32, are at most those reserved."""
+"""Whether so many features as cannot be recovered are at most those reserved."""
 
 
 def keep(
@@ -92,15 +92,14 @@ def plan(
     are_few = counter(weight)
     if weight is None or are_few is None:
         return "xhat", NO_RECOVERY
-    recovery, count = fused.launcher().recovery_of(
-        weight, bias, rows, dtype, FEATURES_PER_RESERVED, WORST_RATIO
-    )
-    shift, inverse, _, reserved = recovery
-    if are_few(count, reserved.shape[1]):
-        return "y", recovery
+    arguments = weight, bias, rows, dtype, FEATURES_PER_RESERVED, WORST_RATIO
+    recovery, reserved = fused.launcher().recovery_of(*arguments)
+    if are_few(recovery[-1], reserved.shape[1]):
+        return "y", (recovery, reserved)
+    shift, inverse, _ = recovery[:-1].view(3, -1)
     shift.zero_()
     inverse.fill_(1)
-    return "xhat", recovery
+    return "xhat", (recovery, reserved)
 
 
 def _xhat(x: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
