@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from lpln_autopatch.backends.autograd import NO_RECOVERY, Recovery
-from lpln_autopatch.backends.fused import kernels
+from lpln_autopatch.backends.fused import kernels, tiles
 
-INTERPRETED: bool = kernels.INTERPRETED.value
+INTERPRETED: bool = tiles.INTERPRETED.value
 
 # Measured on an H200.
 _ONE_BLOCK = 8192  # longest row that is held in registers
