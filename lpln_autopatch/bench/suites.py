@@ -114,7 +114,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     modes = ["eager", "compiled"]
     add_for("count, step", "modes", "default: eager", nargs="+", choices=modes)
     add_for("count, step", "norms", "layer_norm, all, ...; default: by the model")
-    add_for("step", "batch", "so many times the batch of each model", type=at_least(1))
+    add_for("step", "batches", "so many of each model's batches at once", type=at_least(1))
     add_for("step, call", "rounds", "rounds of timing, at least 2", type=at_least(2))
     add_for("loss", "steps", "steps of training, at least 20", type=at_least(20))
     add_for("loss", "seeds", "how many, at least 2", type=at_least(2))

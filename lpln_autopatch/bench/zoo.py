@@ -225,7 +225,7 @@ def cases(
     chosen = entries(options.models or ["bert-base"] * options.quick)
     for (name, entry), mode in itertools.product(chosen.items(), options.modes or ["eager"]):
         norms = options.norms or entry.norms
-        batch = 1 if options.quick else entry.batch * (options.batch or 1)
+        batch = 1 if options.quick else entry.batch * (options.batches or 1)
         entry = dataclasses.replace(entry, batch=batch)
         case: dict[str, object] = {"model": name, "mode": mode, "batch": entry.batch}
         if (mode == "compiled" or options.quick) and entry.shallow:
