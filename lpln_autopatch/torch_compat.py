@@ -236,7 +236,7 @@ CHECKPOINT_ENTRIES = {
 # What runs first in a recomputation, and the attribute of its `self` that holds the function.
 CHECKPOINT_RECOMPUTATIONS = {"CheckpointFunction.backward": "run_function"}
 if hasattr(getattr(torch.utils.checkpoint, "_CheckpointFrame", None), "get_inputs"):
-    # until torch 2.9: frames have no method that runs first
+    # until torch 2.12: frames have no method that runs first
     CHECKPOINT_RECOMPUTATIONS["_CheckpointFrame.get_inputs"] = "recompute_fn"
 
 

@@ -62,8 +62,8 @@ PRIVATE_NAMES = {
         Name("torch.utils.checkpoint.CheckpointFunction.backward"),
         Name("torch.utils.checkpoint._checkpoint_without_reentrant", until=(2, 1)),
         Name("torch.utils.checkpoint._CheckpointFrame.__init__", since=(2, 1)),
-        Name("torch.utils.checkpoint._CheckpointFrame.__init__.recompute_fn", since=(2, 9)),
-        Name("torch.utils.checkpoint._CheckpointFrame.get_inputs", since=(2, 9)),
+        Name("torch.utils.checkpoint._CheckpointFrame.__init__.recompute_fn", since=(2, 12)),
+        Name("torch.utils.checkpoint._CheckpointFrame.get_inputs", since=(2, 12)),
     ],
     "torch.compiler.assume_constant_result, once it does not import Dynamo.": [
         Name("torch._dynamo.assume_constant_result._dynamo_marked_constant", since=(2, 0)),
