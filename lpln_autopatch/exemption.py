@@ -5,6 +5,7 @@ Modules are exempt by a call, or by their names, from the moment they become par
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 import weakref
@@ -16,15 +17,21 @@ import torch
 
 from lpln_autopatch.dynamo import switch
 from lpln_autopatch.torch_compat import (
+    DYNAMO_TRACES_NORMS,
     HOOKS_RUN_ALWAYS,
     drop_compiled_code_that_cannot_follow,
     never_a_frame_of_its_own,
     on_module_registration,
     remove_forward_hooks,
+    run_while_compiling,
 )
 
 MARK = "_lpln_autopatch_exempt"
-"""The attribute that marks a module as exempt."""
+"""The attribute that marks a module as exempt.
+
+Code that Dynamo traces asks for it by `hasattr`, because Dynamo guards on that. It does not guard
+on what is missing in a `__dict__` (torch 2.13), nor on what is there (torch 2.11).
+"""
 
 BY_NAME = "LPLN_EXEMPT"
 """The mark of a module that is exempt by its name: modules that are added to it inherit it."""
@@ -35,6 +42,7 @@ BENEATH = "beneath another patcher"
 # Counts the calls of `mark`, for compiled code: Dynamo does not guard on a module's hooks. A
 # string, because Dynamo may make a symbol of an integer that changes.
 changes = "0"
+_has_hooked = False  # Whether `mark` has given a module hooks.
 
 _logger = logging.getLogger("lpln_autopatch")
 
@@ -74,7 +82,7 @@ def run_stock(reason: str, function: Callable[..., Any], *args: Any, **kwargs: A
 
 def mark(module: torch.nn.Module, exempt: bool | str) -> None:
     """Mark `module` and every module that is inside it now with `exempt`; False takes marks off."""
-    global changes
+    global changes, _has_hooked
     with switch():
         for submodule in module.modules():
             vars(submodule).pop(MARK, None)
@@ -84,6 +92,7 @@ def mark(module: torch.nn.Module, exempt: bool | str) -> None:
                 if HOOKS_RUN_ALWAYS and _may_call_a_norm_itself(submodule):
                     submodule.register_forward_pre_hook(_enter, prepend=True)
                     submodule.register_forward_hook(_leave, always_call=True)
+                    _has_hooked = True
         changes = str(int(changes) + 1)
     drop_compiled_code_that_cannot_follow()
 
@@ -96,6 +105,19 @@ def _leave(module: torch.nn.Module, args: object, output: object) -> None:
     # Nothing is there if another pre-hook raised before ours ran.
     if _thread.reasons:
         _thread.reasons.pop()
+
+
+@run_while_compiling
+def guard_on_hooks() -> None:
+    """For code that Dynamo traces through a norm that is lowered.
+
+    By default Dynamo guards on a module's hooks only if it has some. So it would run the code of
+    a module without hooks for an exempt one.
+    """
+    if _has_hooked and DYNAMO_TRACES_NORMS:
+        # Not in `mark`: each thread has a value of its own (torch 2.13).
+        config: Any = importlib.import_module("torch._dynamo.config")
+        config.skip_nnmodule_hook_guards = False
 
 
 def _may_call_a_norm_itself(module: torch.nn.Module) -> bool:

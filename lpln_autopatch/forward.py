@@ -82,6 +82,7 @@ def decide(lowering: Lowering, norm: str, x: object, weight: Tensor | None) -> t
         # Dynamo guards on what it compares.
         if exemption.changes == "":
             return ""
+        exemption.guard_on_hooks()
     elif is_tracing():
         return "TorchScript"
     if dtype not in lowering.dtypes:

@@ -80,7 +80,8 @@ PRIVATE_NAMES = {
         Name("torch._dynamo.callback_handler.end_callbacks", since=(2, 5)),
         Name("torch._dynamo.callback_handler.register_end_callback", since=(2, 5)),
     ],
-    "torch.compiler.config, once it has this setting.": [
+    "torch.compiler.config, once it has these settings.": [
+        Name("torch._dynamo.config.skip_nnmodule_hook_guards", since=(2, 5)),
         Name("torch._dynamo.config.trace_autograd_ops", since=(2, 13)),
     ],
     "torch.compiler.reset, which also forgets what others have registered.": [

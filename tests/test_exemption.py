@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from support import autocast, needs_dynamo, output_dtype
 
 import lpln_autopatch as lpln
-from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch import LPLayerNorm, low_precision_layernorm
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -225,6 +225,48 @@ def test_graph_break_inside_an_exempt_module(lowered):
     thread.start()
     thread.join()
     assert seen == ["sllll"] * 2
+
+
+def foreign_layer_norm(monkeypatch):
+    """Another patcher's function is what LayerNorm.forward is, beneath the wrapper."""
+    torchs_own = nn.LayerNorm.forward
+    monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: torchs_own(self, x))
+    return nn.LayerNorm(8)
+
+
+SHARING = {
+    "LayerNorm": lambda _: nn.LayerNorm(8),
+    "beneath another patcher": foreign_layer_norm,
+    "surgery": lambda _: LPLayerNorm(8),
+    "GroupNorm": lambda _: nn.GroupNorm(2, 8),
+    "a forward of its own": lambda _: Functional(),
+}
+
+
+@needs_dynamo
+@pytest.mark.parametrize("first", ["exempt", "plain"])
+@pytest.mark.parametrize("thread", ["this", "another"])
+@pytest.mark.parametrize("make", SHARING.values(), ids=SHARING)
+def test_exempt_module_shares_no_compiled_code(request, monkeypatch, make, thread, first):
+    """A model that is compiled block by block, where a module of one block is exempt."""
+    norm = make(monkeypatch)
+    request.getfixturevalue("lowered")
+    blocks = [nn.Sequential(norm), nn.Sequential(copy.deepcopy(norm))]
+    lpln.exempt(blocks[0][0])
+    if first == "plain":
+        blocks.reverse()
+    seen = []
+
+    def compile_both():
+        seen.extend(output_dtype(compiled(block)) for block in blocks)
+
+    if thread == "this":
+        compile_both()
+    else:
+        other = threading.Thread(target=compile_both)
+        other.start()
+        other.join()
+    assert seen == ([FP32, BF16] if first == "exempt" else [BF16, FP32])
 
 
 MASK = torch.tensor([True, False, True, True])
