@@ -42,6 +42,10 @@ class Request:
         # is set, it comes back to us, and must not find one of them half imported.
         import torch
 
+        # In the middle of torch's own import this raises. Importing a part of torch out of turn
+        # there may end the process later (torch 2.9).
+        from torch import Tensor  # noqa: F401
+
         from lpln_autopatch import backends, forward
 
         argument = "LPLN_PRECISION" if source == "environment" else "precision"
