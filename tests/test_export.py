@@ -63,6 +63,8 @@ def test_exported_program_gives_what_the_eager_one_gave(how):
     A backend sees no tensor of the export. In a process of its own, for the list of the CPU's
     autocast is changed.
     """
+    if how == "strict" and TORCH_VERSION < (2, 10):
+        pytest.skip("torch < 2.10 runs its modules outside of autocast; CI runs this on later ones")
     first, seen, *rest = run_forked("-c", EXPORTED_UNDER_CUDAS_LISTS, how).stdout.splitlines()
     assert (first, seen) == ("{torch.float32}", "[]")
     assert rest == ["{torch.bfloat16} True", "[True, True, True]"] * 2
