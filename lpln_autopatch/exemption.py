@@ -20,6 +20,7 @@ from lpln_autopatch.torch_compat import (
     DYNAMO_TRACES_NORMS,
     HOOKS_RUN_ALWAYS,
     drop_compiled_code_that_cannot_follow,
+    is_dynamo_compiling,
     never_a_frame_of_its_own,
     on_module_registration,
     remove_forward_hooks,
@@ -27,11 +28,7 @@ from lpln_autopatch.torch_compat import (
 )
 
 MARK = "_lpln_autopatch_exempt"
-"""The attribute that marks a module as exempt.
-
-Code that Dynamo traces asks for it by `hasattr`, because Dynamo guards on that. It does not guard
-on what is missing in a `__dict__` (torch 2.13), nor on what is there (torch 2.11).
-"""
+"""The attribute that marks a module as exempt."""
 
 BY_NAME = "LPLN_EXEMPT"
 """The mark of a module that is exempt by its name: modules that are added to it inherit it."""
@@ -78,6 +75,15 @@ def run_stock(reason: str, function: Callable[..., Any], *args: Any, **kwargs: A
         return function(*args, **kwargs)
     finally:
         _thread.reasons.pop()
+
+
+def is_marked(module: torch.nn.Module) -> bool:
+    """Whether `module` is exempt.
+
+    Dynamo guards on `hasattr`: not on what is missing in a `__dict__` (torch 2.13), nor on what is
+    there (2.11).
+    """
+    return hasattr(module, MARK) if is_dynamo_compiling() else MARK in module.__dict__
 
 
 def mark(module: torch.nn.Module, exempt: bool | str) -> None:
@@ -198,5 +204,5 @@ def _mark_by_name(module: torch.nn.Module, name: str) -> None:
     _logger.info("%s: %s is exempt", BY_NAME, name)
 
 
-for _function in (why_stock, run_stock, _enter, _leave):
+for _function in (is_marked, why_stock, run_stock, _enter, _leave):
     never_a_frame_of_its_own(_function)

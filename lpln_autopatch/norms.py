@@ -20,11 +20,10 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic  
 from lpln_autopatch import forward
 from lpln_autopatch.backends import native
 from lpln_autopatch.dynamo import guard_on_generation, outdated_by_a_switch
-from lpln_autopatch.exemption import BENEATH, MARK, run_stock
+from lpln_autopatch.exemption import BENEATH, is_marked, run_stock
 from lpln_autopatch.forward import decide, run_backend
 from lpln_autopatch.torch_compat import (
     HAS_RMS_NORM,
-    is_dynamo_compiling,
     never_a_frame_of_its_own,
     traced_like_torchs_own,
 )
@@ -40,10 +39,10 @@ _rms_norm: Callable[..., Tensor] = getattr(F, "rms_norm", F.layer_norm)
 
 def layer_norm_forward(self: torch.nn.LayerNorm, input: Tensor) -> Tensor:
     # LayerNorm.forward calls the function, which lowers. The method knows the module.
-    if hasattr(self, MARK) if is_dynamo_compiling() else MARK in self.__dict__:
-        y: Tensor = run_stock("exempt", _forward, self, input)
-        return y
-    return _forward(self, input)
+    if not forward.active.norms or not is_marked(self):
+        return _forward(self, input)
+    y: Tensor = run_stock("exempt", _forward, self, input)
+    return y
 
 
 def layer_norm(
@@ -162,10 +161,8 @@ def _over_a_foreign_one(target: Target, original: Any) -> Callable[..., Any]:
         lowering = forward.active
         if not lowering.norms:
             return call(*args, **kwargs)
-        if position:
-            module = args[0]
-            if hasattr(module, MARK) if is_dynamo_compiling() else MARK in module.__dict__:
-                return run_stock("exempt", call, *args, **kwargs)
+        if position and is_marked(args[0]):
+            return run_stock("exempt", call, *args, **kwargs)
         x: Any = args[position] if len(args) > position else kwargs.get("input")
         dtype = decide(lowering, target.norm, x, None)
         if isinstance(dtype, str):

@@ -192,7 +192,7 @@ class _Recorder:
                 self._record(type(module).__name__, x, y, reason)
             return
         decision = _decide(lowering, "layer_norm", x, module.weight)
-        is_exempt = exemption.MARK in module.__dict__
+        is_exempt = exemption.is_marked(module)
         self._record("layer_norm", x, y, "exempt" if is_exempt else decision, by)
 
     def _record(self, norm: str, x: Any, y: Any, decision: torch.dtype | str, by: str = "") -> None:
@@ -241,5 +241,5 @@ def _norms(names: Mapping[torch.nn.Module, str], reason: str = "") -> Iterator[R
     for module, name in names.items():
         if _is_norm(name, module):
             surgery = "surgery" if is_under_surgery(module) else ""
-            mark = "exempt" if exemption.MARK in module.__dict__ else surgery
+            mark = "exempt" if exemption.is_marked(module) else surgery
             yield Row(name, type(module).__name__, 0, None, None, False, reason or mark)

@@ -14,11 +14,11 @@ import torch.nn.functional as F  # noqa: F401
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from lpln_autopatch.exemption import MARK
+from lpln_autopatch.exemption import is_marked
 from lpln_autopatch.forward import INTERCEPTED, decide, run_backend
 from lpln_autopatch.precision import NoEffectWarning, Precision
 from lpln_autopatch.request import Request
-from lpln_autopatch.torch_compat import is_dynamo_compiling, traced_like_torchs_own
+from lpln_autopatch.torch_compat import traced_like_torchs_own
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping, Sequence
@@ -63,7 +63,7 @@ class LPLayerNorm(torch.nn.LayerNorm):
             # Reverted, but a hook kept this forward: no LPLayerNorm any more, so no super() either.
             return torch.nn.LayerNorm.forward(self, input)
         dtype: torch.dtype | str = "exempt"
-        if not (hasattr(self, MARK) if is_dynamo_compiling() else MARK in self.__dict__):
+        if not is_marked(self):
             dtype = decide(lowering, "layer_norm", input, self.weight)
         arguments = (input, self.normalized_shape, self.weight, self.bias, self.eps)
         if dtype == INTERCEPTED:

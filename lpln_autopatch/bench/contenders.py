@@ -14,7 +14,7 @@ from torch import Tensor
 from lpln_autopatch import backends, low_precision_layernorm
 from lpln_autopatch.bench.recipe import ComposerGroupNorm, ComposerRecipe
 from lpln_autopatch.bench.results import short
-from lpln_autopatch.exemption import MARK
+from lpln_autopatch.exemption import is_marked
 from lpln_autopatch.request import parse_norms
 
 _Passed = TypeVar("_Passed")
@@ -69,7 +69,7 @@ class Contender:
                 classes[torch.nn.GroupNorm] = ComposerGroupNorm
         # Subclasses too, as Composer's surgery does.
         norms = (m for m in module.modules() if isinstance(m, tuple(classes)))
-        own = {m: type(m) for m in norms if MARK not in vars(m)}
+        own = {m: type(m) for m in norms if not is_marked(m)}
         block: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self.backend is not None:
             block = low_precision_layernorm(backend=self.backend, norms=self.norms)
