@@ -20,8 +20,13 @@ pytestmark = [
 ]
 BF16, FP32 = ["torch.bfloat16"], ["torch.float32"]
 
+# Sharded models do not average gradients over Gloo in older ones, stock either (torch 2.7).
+WAYS = ("ddp", "fully_shard", "hybrid") if TORCH_VERSION >= (2, 8) else ("ddp",)
+
 # LayerNorms that get float32 while they are stock. Knows nothing of this package.
-MODEL = """
+MODEL = (
+    f"WAYS = {WAYS}\n"
+    """
 import torch
 
 class Block(torch.nn.Module):
@@ -58,6 +63,7 @@ def train(model, batches, forward_block):
 torch.manual_seed(1)
 BATCHES = torch.randn(4, 16, 8)
 """
+)
 
 # Each rank takes half of each batch. With the variable everything runs as it is; without it, stock,
 # and with a block around each forward, so that backward and its recomputation are behind it.
@@ -104,7 +110,7 @@ else:
     from lpln_autopatch import low_precision_layernorm
     blocks = {"stock": contextlib.nullcontext, "block": low_precision_layernorm}
 results = {}
-for how in ("ddp", "fully_shard", "hybrid"):
+for how in WAYS:
     for name, block in blocks.items():
         model, results[f"{how}, {name}"] = run(how, block)
     if importlib.util.find_spec("numpy"):  # which dcp cannot do without
@@ -120,7 +126,7 @@ LOAD = """
 import contextlib, json, os, sys
 import torch.distributed.checkpoint as dcp
 results = {}
-for how in ("ddp", "fully_shard", "hybrid"):
+for how in WAYS:
     model = make_model()
     state = model.state_dict()
     dcp.load(state, checkpoint_id=os.path.join(os.environ["RESULTS"], how))
@@ -191,7 +197,7 @@ def without_the_variable(tmp_path_factory):
     return torchrun(tmp_path_factory.mktemp("block"))
 
 
-every_way = pytest.mark.parametrize("how", ["ddp", "fully_shard", "hybrid"])
+every_way = pytest.mark.parametrize("how", WAYS)
 
 
 def as_tensors(parameters: dict[str, list]) -> dict[str, torch.Tensor]:
@@ -265,7 +271,7 @@ def test_checkpoint_loads_in_a_stock_process(with_the_variable, folder):
     loaded, dtypes, imported = json.loads(result.stdout)
     for how, parameters in loaded.items():
         assert parameters == with_the_variable[0][f"{how}, variable"]["parameters"]
-    assert len(loaded) == 3
+    assert len(loaded) == len(WAYS)
     assert dtypes == FP32
     assert not imported
 
