@@ -81,7 +81,7 @@ def is_marked(module: torch.nn.Module) -> bool:
     """Whether `module` is exempt.
 
     Dynamo guards on `hasattr`: not on what is missing in a `__dict__` (torch 2.13), nor on what is
-    there (2.11).
+    there (2.5 to 2.11).
     """
     return hasattr(module, MARK) if is_dynamo_compiling() else MARK in module.__dict__
 
