@@ -43,8 +43,9 @@ def normalise(
 ) -> Tensor:
     """The lean `Backend`: keeps no x for backward where it can, and is native elsewhere.
 
-    Nothing but the output is rounded, except that CUDA's kernel takes an x in the autocast dtype
-    with weight and bias rounded to it.
+    On CUDA the kernels of `fused` run it, where Triton is and they take the call; elsewhere
+    PyTorch's. Nothing but the output is rounded, except that CUDA's own kernel takes an x in the
+    autocast dtype with weight and bias rounded to it.
     """
     if not takes(x, normalized_shape, weight, bias):
         return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
