@@ -159,14 +159,17 @@ def compiled_code_runs_eagerly() -> AbstractContextManager[Any]:
 def every_module_hooked(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
     """Call `enter(module, args)` and `leave(module, args, kwargs, output)` around every forward.
 
-    If it raises, `output` is None and kwargs are empty. until torch 2.1: no `leave`, no kwargs.
+    If it raises, `output` is None and kwargs are empty. until torch 2.6: no kwargs; until torch 2.1:
+    no `leave` either.
     """
     hooks = torch.nn.modules.module
 
     def after(module: torch.nn.Module, args: Any, *rest: Any) -> None:
         leave(module, args, rest[0] if len(rest) == 2 else {}, rest[-1])
 
-    options = {"with_kwargs": True, "always_call": True} if HOOKS_RUN_ALWAYS else {}
+    options = {"always_call": True} if HOOKS_RUN_ALWAYS else {}
+    if hasattr(hooks, "_global_forward_hooks_with_kwargs"):
+        options["with_kwargs"] = True
     before = hooks.register_module_forward_pre_hook(enter)
     behind = hooks.register_module_forward_hook(after, **options)
     try:

@@ -54,7 +54,7 @@ PRIVATE_NAMES = {
         Name("torch.nn.Module._forward_pre_hooks"),
         Name("torch.nn.Module._forward_hooks"),
         Name("torch.nn.Module._forward_hooks_always_called", since=(2, 1)),
-        Name("torch.nn.modules.module._global_forward_hooks_with_kwargs", since=(2, 1)),
+        Name("torch.nn.modules.module._global_forward_hooks_with_kwargs", since=(2, 6)),
     ],
     "None: nothing public runs before the recomputation of somebody else's checkpoint.": [
         Name("torch.utils.checkpoint.CheckpointFunction.forward"),
