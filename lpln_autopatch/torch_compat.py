@@ -159,8 +159,8 @@ def compiled_code_runs_eagerly() -> AbstractContextManager[Any]:
 def every_module_hooked(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
     """Call `enter(module, args)` and `leave(module, args, kwargs, output)` around every forward.
 
-    If it raises, `output` is None and kwargs are empty. until torch 2.6: no kwargs; until torch 2.1:
-    no `leave` either.
+    If it raises, `output` is None and kwargs are empty. until torch 2.6: no kwargs.
+    until torch 2.1: no `leave` if it raises.
     """
     hooks = torch.nn.modules.module
 

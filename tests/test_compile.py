@@ -14,6 +14,7 @@ from support import NO_CPP, autocast, needs_dynamo, output_dtype, run_python
 
 import lpln_autopatch as lpln
 from lpln_autopatch import NoEffectWarning, forward, low_precision_layernorm
+from lpln_autopatch.torch_compat import TORCH_VERSION
 
 pytestmark = needs_dynamo
 
@@ -275,6 +276,7 @@ def test_only_input_and_statistics_are_saved_for_backward():
         assert 0 < saved_bytes() <= x.nbytes + parameters + statistics
 
 
+@pytest.mark.skipif(TORCH_VERSION < (2, 6), reason="the cache is on by default in torch >= 2.6")
 def test_second_process_hits_the_aot_autograd_cache(tmp_path):
     """With autocast around the compiled model, the next process compiles nothing anew."""
     script = tmp_path / "cached.py"

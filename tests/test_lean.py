@@ -733,7 +733,8 @@ def test_compiled_code_follows():
     with low_precision_layernorm("bf16", backend="lean"), autocast():
         y = broken(x)
     assert "_LeanLayerNorm" in type(y.grad_fn).__name__
-    assert counter.frame_count == 2
+    if TORCH_VERSION >= (2, 6):  # older ones compile what lean calls
+        assert counter.frame_count == 2
 
 
 @needs_dynamo
