@@ -88,6 +88,9 @@ def bare():
 
 def nothing():
     return None
+
+def broken():
+    raise ModuleNotFoundError("Could not import module 'Broken'. Why, who knows.")
 """
 
 AUTOCAST_DTYPES = [torch.bfloat16, torch.float16]

@@ -97,6 +97,7 @@ def test_model_that_cannot_be_run_leaves_the_others(counted):
         ("toast", "'toast' is no model; valid: all, bert-base, gpt2, "),
         ("no_such_package:make", "no_such_package is not installed"),
         ("small:missing", "small:missing: module 'small' has no attribute 'missing'"),
+        ("small:broken", "small:broken: Could not import module 'Broken'."),
         ("small:nothing", "small:nothing gives NoneType, not a torch.nn.Module"),
         ("small:fails", "small:fails cannot be counted: "),
     ],

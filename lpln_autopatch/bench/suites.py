@@ -96,7 +96,12 @@ def parse(argv: Sequence[str]) -> Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (default: all)")
+    add(
+        "suites",
+        nargs="*",
+        metavar="SUITE",
+        help=f"{', '.join(SUITES)} (default: all; step on a GPU)",
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help=f"cpu, cuda, cuda:1, ... (default here: {device})")
     add("--quick", action="store_true", help="small sizes: does it run? its figures mean nothing")
@@ -114,7 +119,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     modes = ["eager", "compiled"]
     add_for("count, step", "modes", "default: eager", nargs="+", choices=modes)
     add_for("count, step", "norms", "layer_norm, all, ...; default: by the model")
-    add_for("step", "batches", "so many of each model's batches at once", type=at_least(1))
+    add_for("count, step", "batches", "so many of each model's batches at once", type=at_least(1))
     add_for("step, call", "rounds", "rounds of timing, at least 2", type=at_least(2))
     add_for("loss", "steps", "steps of training, at least 20", type=at_least(20))
     add_for("loss", "seeds", "how many, at least 2", type=at_least(2))
@@ -137,7 +142,7 @@ def _refuse_suites(parser: Parser, options: Namespace, suites_of: dict[str, list
     if "count" in options.suites and not CAN_COUNT:
         parser.error(f"count needs torch 2.13 or later, this is {torch.__version__}")
     # Full-size models would take a CPU hours.
-    runs = {"count": CAN_COUNT, "step": options.device != "cpu"}
+    runs = {"count": CAN_COUNT, "step": not options.device.startswith("cpu")}
     chosen = options.suites or [name for name in SUITES if runs.get(name, True)]
     options.suites = [name for name in SUITES if name in chosen]
     if options.policy and not (

@@ -45,10 +45,10 @@ class Entry:
                 else:
                     model = getattr(import_module(library), name)(**self.config)
         except ModuleNotFoundError as error:
-            missing = error.name or "a package"
-            raise WrongModel(
-                f"{self.source}: {missing} is not installed: pip install 'lpln_autopatch[count]'"
-            ) from error
+            why = f"{error.name} is not installed: pip install 'lpln_autopatch[count]'"
+            # transformers names no package where one of its own modules cannot be imported.
+            why = why if error.name else str(error).splitlines()[0]
+            raise WrongModel(f"{self.source}: {why}") from error
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise WrongModel(f"{self.source}: {str(error).splitlines()[0]}") from error
         if not isinstance(model, torch.nn.Module):
@@ -218,7 +218,7 @@ def cases(
 ) -> list[tuple[dict[str, object], Entry, torch.dtype]]:
     """What to measure: a case, what builds its model, and an autocast dtype.
 
-    All models are built once, on meta: a wrong one is known before any is measured. One of the
+    All models are built on meta first: a wrong one is known before any is measured. One of the
     default whose package is not here gives a row that says so.
     """
     found = []

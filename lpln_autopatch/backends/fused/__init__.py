@@ -98,10 +98,12 @@ def run(
     arguments = x, len(normalized_shape), weight, bias, eps, dtype
     y: Tensor
     if autograd.wants_gradient(x, weight, bias):
-        stand_in = None
-        if plan is not _keeps_input or x.dtype is torch.float32:
-            stand_in = autograd.stand_in_for(x)
-        y = _FusedLayerNorm.apply(*arguments, plan, stand_in)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            keeps, recovery = plan(
+                x, weight, bias, x.shape[: -len(normalized_shape)].numel(), dtype
+            )
+        stand_in = None if keeps == "x" else autograd.stand_in_for(x)
+        y = _FusedLayerNorm.apply(*arguments, keeps, recovery, stand_in)  # type: ignore[no-untyped-call]
     else:
         y = launcher().forward(*arguments, None, None)
     return y
@@ -146,12 +148,11 @@ class _FusedLayerNorm(torch.autograd.Function):
         bias: Affine,
         eps: float,
         dtype: torch.dtype,
-        plan: Plan,
+        keeps: str,
+        recovery: Recovery,
         stand_in: Tensor | None,
     ) -> Tensor:
-        rows = x.shape[:-n_dims].numel()
-        keeps, recovery = plan(x, weight, bias, rows, dtype)
-        statistics = x.new_empty((2, rows), dtype=torch.float32)
+        statistics = x.new_empty((2, x.shape[:-n_dims].numel()), dtype=torch.float32)
         xhat = None
         if keeps == "xhat":
             xhat = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
@@ -191,7 +192,7 @@ class _FusedLayerNorm(torch.autograd.Function):
             arguments = dy, kept, n_dims, weight, bias, statistics, wanted, ctx.dtype
             gradients = launcher().backward(*arguments, not ctx.is_x, recovery)
         dx, dweight, dbias = gradients
-        return dx, None, dweight, dbias, None, None, None, None
+        return dx, None, dweight, dbias, None, None, None, None, None
 
 
 def _xhat(kept: Tensor, recovery: Tensor | None, reserved: Tensor | None) -> Tensor:

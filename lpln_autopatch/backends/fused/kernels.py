@@ -8,7 +8,8 @@ Arguments that several kernels share:
     M, N: Rows, and features in each.
     statistics: float32, shape (2, M): mean, and 1 / sqrt(variance + eps).
     kept: xhat = (x - mean) / sqrt(variance + eps), rounded: backward takes it for x if IS_XHAT.
-    recovery, reserved: how backward gets xhat from y, which it takes for x if they are there.
+    recovery, reserved: how backward gets xhat from y (or from xhat, unchanged), which it takes for
+        x if they are there.
         recovery: float32, shape (3 * N + 1,): shift, inverse and slot of each feature, and the
         number of those that are lost. xhat = (y - shift) * inverse; but if slot is not negative,
         it lies there, rounded, in the row's RESERVED elements of reserved, shape (M, RESERVED).

@@ -107,11 +107,11 @@ def backward(
     wanted: Sequence[bool],
     x_dtype: torch.dtype,
     is_xhat: bool,
-    recovery: Recovery = NO_RECOVERY,
+    recovery: Recovery,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of x, weight and bias, of those that are `wanted`, each in its own dtype.
 
-    `dy` is the gradient of the result of `forward`, of any dtype and strides; the other arguments
+    `dy` is the gradient of the result of `forward`, in its dtype, of any strides; other arguments
     are those of `forward`, which has written `statistics`. If `is_xhat`, what `forward` has written
     as `kept` is in the place of x, whose dtype was `x_dtype`; with `recovery` it may be y.
     """

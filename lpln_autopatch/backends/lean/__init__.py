@@ -47,10 +47,10 @@ def normalise(
     PyTorch's. Nothing but the output is rounded, except that CUDA's own kernel takes an x in the
     autocast dtype with weight and bias rounded to it.
     """
-    if not takes(x, normalized_shape, weight, bias):
-        return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
     if _runs_kernels(x) and fused.takes(x, normalized_shape, weight, bias):
         return fused.run(x, normalized_shape, weight, bias, eps, dtype, recovery.plan)
+    if not takes(x, normalized_shape, weight, bias):
+        return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
     arguments = x, tuple(normalized_shape), weight, bias, eps, dtype
     if not autograd.wants_gradient(x, weight, bias):
         return _normalise(*arguments)[0]

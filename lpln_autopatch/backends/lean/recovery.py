@@ -4,8 +4,8 @@ xhat = (y - bias) / weight, and the next layer keeps the output y anyway. y is r
 autocast dtype, which leaves an error of eps * |y / weight| in xhat: too much where weight is
 small beside bias, and everything where it is 0. Three rules keep the gradients right:
 
-1. One feature of 32, those that are worst to recover with the weights of this very call, are not
-   recovered: their xhat is kept. The device picks them, so nothing waits for it.
+1. At most one feature of 32, those that are worst to recover with the weights of this very call,
+   are not recovered: their xhat is kept. The device picks them, so nothing waits for it.
 2. Where more features than that cannot be recovered, xhat is kept in place of y. To know, they
    are counted. On CPU every call counts. On CUDA the first call with a parameter waits for the
    count; a later one takes the count that has arrived from an earlier call, and sends for its own.
