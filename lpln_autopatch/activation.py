@@ -46,34 +46,38 @@ def enable(
             else "layer_norm".
 
     Returns:
-        What a `with` statement can take: `disable` is called at its end. It is enabled already.
+        What a `with` statement can take: at its end the base is again what it was before this
+        call, LPLN_PRECISION's included. It is enabled already.
 
     Raises:
         ValueError: precision, backend or norms is not a valid name; nothing has changed.
         ImportError: the backend cannot be used here; nothing has changed.
     """
-    enable_from(precision, backend, norms, "enable")
-    return Enabled()
+    return Enabled(enable_from(precision, backend, norms, "enable"))
 
 
 class Enabled:
-    """What `enable` returns: a context manager that calls `disable` at its end."""
+    """What `enable` returns: a context manager that gives back at its end what was before."""
+
+    def __init__(self, before: Request | None) -> None:
+        self._before = before
 
     def __enter__(self) -> Enabled:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        state.clear_base()
+        state.set_base(self._before)
 
 
 def disable() -> None:
-    """Undo `enable` and LPLN_PRECISION, and take the wrappers off what they wrap.
+    """Undo `enable` and LPLN_PRECISION: PyTorch's functions run their own code again.
 
-    An open `low_precision_layernorm` block stays in force; the wrappers then go when the last
-    block closes. A wrapper that somebody else put on top of ours is never removed: ours stays
-    beneath it, inert, and a warning says so. Does nothing if there is nothing to undo.
+    An open `low_precision_layernorm` block stays active, and PyTorch's functions have their code
+    back when the last one closes. Where somebody has put a wrapper of their own above ours on
+    `torch.nn.LayerNorm.forward`, that is never removed: ours stays beneath it, inert, and a warning
+    says so. Does nothing if there is nothing to undo.
     """
-    state.clear_base()
+    state.set_base(None)
 
 
 class low_precision_layernorm(contextlib.ContextDecorator):
@@ -101,14 +105,14 @@ class low_precision_layernorm(contextlib.ContextDecorator):
         backend: str = "auto",
         norms: str | Iterable[str] | None = None,
     ) -> None:
-        if inspect.isroutine(precision) or inspect.isclass(precision):
+        if callable(precision):
             raise TypeError(
                 f"low_precision_layernorm got {precision!r} as its precision. "
                 "As a decorator it needs parentheses: @low_precision_layernorm()."
             )
         self._request = Request.parse(precision, backend, norms, "block")
         # Threads, and asyncio's tasks, that share one instance must each leave what they entered.
-        self._entered: list[tuple[object, object]] = []
+        self._entered: list[tuple[object, state.Block]] = []
 
     def __call__(self, function: _F) -> _F:
         _refuse_what_a_block_cannot_decorate(function)
@@ -120,17 +124,29 @@ class low_precision_layernorm(contextlib.ContextDecorator):
             outer = state.current()
             if outer is None or not outer.precision.ever_engages:
                 self._request.warn_never_engages(stacklevel=2)
-        token = object()
-        state.enter(self._request, token)
-        self._entered.append((_who(), token))
+        block = state.Block(self._request)
+        entry = _who(), block
+        try:
+            block.open()
+            self._entered.append(entry)
+        except BaseException:
+            self._leave(entry)
+            raise
 
     def __exit__(self, *exc_info: object) -> None:
         # The last of this thread's or task's; if another one entered, the last of all.
         who = _who()
-        mine = [entry for entry in self._entered if entry[0] == who] or self._entered
-        entry = mine[-1]
-        self._entered.remove(entry)
-        state.leave(entry[1])
+        entry = next((e for e in reversed(self._entered) if e[0] == who), self._entered[-1])
+        try:
+            self._leave(entry)
+        except BaseException:
+            self._leave(entry)
+            raise
+
+    def _leave(self, entry: tuple[object, state.Block]) -> None:
+        if entry in self._entered:
+            self._entered.remove(entry)
+        entry[1].close()
 
 
 def exempt(module: _Module, exempt: bool = True) -> _Module:
@@ -163,14 +179,15 @@ def exempt(module: _Module, exempt: bool = True) -> _Module:
     return module
 
 
-def enable_from(precision: object, backend: str, norms: object, source: str) -> None:
-    """`enable`, on behalf of `source`."""
+def enable_from(precision: object, backend: str, norms: object, source: str) -> Request | None:
+    """Enable on behalf of `source`; return the request that was the base before."""
     request = Request.parse(precision, backend, norms, source)
     if not request.precision.ever_engages:
         request.warn_never_engages(stacklevel=3)
-    state.set_base(request)
+    before = state.set_base(request)
     what = f"{', '.join(request.norms)}: precision {request.precision}, backend {request.backend}"
     _logger.info("%s, from %s", what, source)
+    return before
 
 
 def _who() -> object:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
-
-import wrapt
 
 from lpln_autopatch.torch_compat import CHECKPOINT_ENTRIES, CHECKPOINT_RECOMPUTATIONS
 
@@ -32,10 +31,12 @@ class Carried:
             return self.function(*args, **kwargs)
 
 
-def factories(capture: Callable[[], Block], stock: Block) -> dict[str, Callable[[Any], Any]]:
-    """What makes the wrapper of each function of `torch.utils.checkpoint`, by its path.
+def replacements(
+    capture: Callable[[], Block], stock: Block
+) -> dict[str, Callable[[Any], Callable[..., Any]]]:
+    """Return what makes the replacement of each function of `torch.utils.checkpoint`, by its path.
 
-    `capture` gives a block of what is in force now; `stock` is one in which nothing is.
+    `capture` gives a block of what is active now; `stock` is one in which nothing is.
     """
     return {
         **{path: _captures(at, capture) for path, at in CHECKPOINT_ENTRIES.items()},
@@ -43,24 +44,23 @@ def factories(capture: Callable[[], Block], stock: Block) -> dict[str, Callable[
     }
 
 
-def _captures(position: int, capture: Callable[[], Block]) -> Callable[[Any], Any]:
-    """A wrapper that binds the function at `position`, run again in backward, to now."""
+def _captures(position: int, capture: Callable[[], Block]) -> Callable[[Any], Callable[..., Any]]:
+    """Bind the function at `position`, run again in backward, to what is active now."""
 
-    def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def replacement(original: Any, /, *args: Any, **kwargs: Any) -> Any:
         function = Carried(args[position], capture())
-        return wrapped(*args[:position], function, *args[position + 1 :], **kwargs)
+        return original(*args[:position], function, *args[position + 1 :], **kwargs)
 
-    return lambda original: wrapt.FunctionWrapper(original, wrapper)
+    return lambda original: functools.partial(replacement, original)
 
 
-def _recomputes(attribute: str, stock: Block) -> Callable[[Any], Any]:
-    """A wrapper for what runs `attribute` again, stock if its forward was before our time."""
+def _recomputes(attribute: str, stock: Block) -> Callable[[Any], Callable[..., Any]]:
+    """Before `attribute` is run again: stock, if its forward was before our time."""
 
-    def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        holder = args[0] if instance is None else instance
+    def replacement(original: Any, holder: Any, /, *args: Any, **kwargs: Any) -> Any:
         function = getattr(holder, attribute)
         if not isinstance(function, Carried):
             setattr(holder, attribute, Carried(function, stock))
-        return wrapped(*args, **kwargs)
+        return original(holder, *args, **kwargs)
 
-    return lambda original: wrapt.FunctionWrapper(original, wrapper)
+    return lambda original: functools.partial(replacement, original)

@@ -1,131 +1,140 @@
-"""How Dynamo is told to trace the wrappers, and to compile anew what a switch outdated."""
+"""How Dynamo is told to trace the exchanged functions, and what a switch has outdated."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import importlib
 import sys
 import threading
 import types
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import wrapt
 
-from lpln_autopatch.torch_compat import DYNAMO_TRACES_NORMS, never_a_frame_of_its_own
+from lpln_autopatch.torch_compat import (
+    DYNAMO_TRACES_NORMS,
+    GRAPHS_GUARD_ON_CODE,
+    PRECOMPILATION_CAN_BE_LEFT,
+)
 
-# Its own, and held for nothing else: Dynamo is not to be told under the lock of state.py.
-_telling = threading.RLock()
-_told = False
-
-# Code that was traced through a wrapper is guarded on it. A string, because Dynamo may make a
-# symbol of an integer that changes.
-_generation = "0"
+_stock_rules: dict[str, Any] = {}  # Dynamo's own, by the name of the function
+_was_there = False  # Whether Dynamo was imported before us, and may have compiled.
+_warning: str | None = None  # What `settle` says next.
 _switched = False  # Whether another thread changed something while this compilation ran.
-_wrappers: list[weakref.ref[types.FunctionType]] = []  # a list: threads may append meanwhile
-# Dynamo knows a code object by its address. Kept, so that no other one gets that.
-_outdated: list[types.CodeType] = []
+_renew: Callable[[], None] | None = None
 
 
-def trace_through(wrappers: Mapping[str, Callable[..., Any]]) -> None:
-    """Have Dynamo trace `wrappers`, by the full name of the function that each takes the place of.
-
-    It has a table of functions that it puts into a graph untraced, and looks each up by its name:
-    a wrapper that is found there would run, or not, as it is when the graph is compiled, and a
-    graph calls by name. torch.distributed has the table made anew.
-
-    What it traces in their place has no defaults: it would look for those of a wrapper on a
-    `wrapt.FunctionWrapper` that somebody has put above it, and fail.
-
-    Several threads may call this at a time. Dynamo refuses to be told twice.
-    """
+def connect(tell: Callable[[], None], renew: Callable[[], None]) -> None:
+    """Call `tell` when Dynamo is imported, and `renew` when all that holds a norm is outdated."""
+    global _was_there, _renew
+    _renew = renew
     if not DYNAMO_TRACES_NORMS:
         return
-
-    def tell(dynamo: Any) -> None:
-        global _told
-        with _telling:
-            if _told:
-                return
-            _told = True
-            for rules in dynamo.trace_rules.torch_name_rule_map:
-                for name in wrappers:
-                    rules.pop(name, None)
-            dynamo.trace_rules.get_torch_obj_rule_map.cache_clear()
-            for wrapper in wrappers.values():
-                torch.compiler.substitute_in_graph(wrapper)(_without_defaults(wrapper))
-                outdated_by_a_switch(wrapper)
-
     if "torch._dynamo" in sys.modules:
-        tell(importlib.import_module("torch._dynamo"))  # waits for a thread that is importing it
+        _was_there = True
+        importlib.import_module("torch._dynamo")  # waits for a thread that is importing it
+        tell()
     else:
-        wrapt.register_post_import_hook(tell, "torch._dynamo")
+        wrapt.register_post_import_hook(lambda module: tell(), "torch._dynamo")
 
 
-def _without_defaults(function: Callable[..., Any]) -> Callable[..., Any]:
-    code, defaults = function.__code__, function.__defaults__
-    copy = types.FunctionType(code, function.__globals__, function.__name__, defaults)
+def set_rule(function: types.FunctionType, replacement: str, exchanged: bool) -> None:
+    """Have Dynamo trace what `function` runs while it is `exchanged`, and only then.
 
-    def traced(*args: Any, **kwargs: Any) -> Any:
-        guard_on_generation()
-        return copy(*args, **kwargs)
+    Dynamo has a table of functions that it puts into a graph untraced, as PyTorch's norms are. What
+    an exchanged one runs would be decided when the graph is made, and caches on disk, whose keys
+    hold the name of the function, would mix up stock and lowered programs.
 
-    return traced
+    A rule is replaced and none is taken out: another thread may be walking through the table.
+    """
+    global _warning
+    trace_rules: Any = sys.modules.get("torch._dynamo.trace_rules")
+    if not DYNAMO_TRACES_NORMS or not hasattr(trace_rules, "get_torch_obj_rule_map"):
+        return
+    name = f"{function.__module__}.{function.__qualname__}"
+    by_function = trace_rules.get_torch_obj_rule_map
+    if not _stock_rules and not GRAPHS_GUARD_ON_CODE and by_function.cache_info().currsize:
+        _warning = (
+            "Code that torch.compile compiled before the first activation of lpln_autopatch cannot "
+            "follow it before torch 2.12, and stays stock. Activate before it is compiled, or call "
+            "torch.compiler.reset()."
+        )
+    for by_name in trace_rules.torch_name_rule_map:
+        if name in by_name:
+            stock = _stock_rules.setdefault(name, by_name[name])
+            in_graph = not exchanged and GRAPHS_GUARD_ON_CODE
+            rule = stock if in_graph else _traced(trace_rules.UserFunctionVariable, replacement)
+            by_name[name] = rule
+            if by_function.cache_info().currsize:
+                by_function()[function] = rule
 
 
-def outdated_by_a_switch(wrapper: Any) -> None:
-    """Have code compiled anew in which `wrapper` is missing because it was put on meanwhile."""
-    _wrappers.append(weakref.ref(wrapper))
+@functools.cache
+def _traced(user_function: Any, replacement: str) -> Any:
+    """Return a rule: trace what has the name `replacement` in the globals of the function."""
+
+    class Traced(user_function):  # type: ignore[misc]
+        @classmethod
+        def create_with_source(cls, value: Any, source: Any) -> Any:
+            variable = super().create_with_source(value, source)  # it guards on the code
+            code = _calls.__code__.replace(co_names=(replacement,))
+            # Not the function itself: Dynamo would guard on its defaults, look for them on a
+            # `wrapt.FunctionWrapper` that somebody has put above it, and fail.
+            return cls(types.FunctionType(code, variable.fn.__globals__), source=variable.source)
+
+    return Traced
 
 
-def guard_on_generation() -> bool:
-    """For code that Dynamo traces through a wrapper: it guards on what it compares."""
-    return _generation == ""
+def _calls(*args: Any, **kwargs: Any) -> Any:
+    return replacement(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821
 
 
-@contextlib.contextmanager
-def switch() -> Iterator[None]:
-    """Around a change of what is traced. What another thread compiles meanwhile is compiled anew.
+def settle(stacklevel: int) -> None:
+    """After a change, under no lock: have compiled code follow where its guards cannot, or warn."""
+    global _warning
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    config: Any = getattr(dynamo, "config", None)
+    if getattr(config, "caching_precompile", False):
+        # It keeps no guard on the code of a function, and what it keeps on disk is stock code for
+        # lowered programs, too.
+        if PRECOMPILATION_CAN_BE_LEFT or not _was_there:
+            config.caching_precompile = False
+            _warning = (
+                "lpln_autopatch switches torch._dynamo.config.caching_precompile off "
+                "(TORCH_CACHING_PRECOMPILE): what it compiles would not follow a precision."
+            )
+        dynamo.reset_code_caches()
+    warning, _warning = _warning, None
+    if warning is not None:
+        warnings.warn(warning, RuntimeWarning, stacklevel=stacklevel + 1)
+
+
+def note_switch() -> None:
+    """Have what another thread compiles now compiled anew. Called before and after each change.
 
     Dynamo traces first, and reads the values that it guards on after the backend has compiled. So
-    code that was traced before the change would be guarded as if it had been traced after it.
+    code that was traced before the change would be guarded as if it had been traced after it. Two
+    times, because that compilation may end, and the next one begin, before the change.
     """
-    _outdate_what_another_thread_compiles()
-    try:
-        yield
-    finally:  # that one may have ended, and the next one begun before the change
-        _outdate_what_another_thread_compiles()
-
-
-def _outdate_what_another_thread_compiles() -> None:
     global _switched
-    dynamo: Any = sys.modules.get("torch._dynamo")
-    if not DYNAMO_TRACES_NORMS or not hasattr(dynamo, "convert_frame"):
+    convert_frame: Any = sys.modules.get("torch._dynamo.convert_frame")
+    if not DYNAMO_TRACES_NORMS or not hasattr(convert_frame, "compile_lock"):
         return
     # Nobody waits for a compilation. A thread that compiles has its own lock, and changes back
-    # what it changes.
-    if dynamo.convert_frame.compile_lock.acquire(blocking=False):
-        dynamo.convert_frame.compile_lock.release()
+    # what it changes. Read, not tried: an interruption might come before the release.
+    lock = repr(convert_frame.compile_lock)
+    if lock.startswith("<unlocked") or f"owner={threading.get_ident()} " in lock:
         return
     _switched = True
-    callbacks = dynamo.callback_handler
+    callbacks = sys.modules["torch._dynamo"].callback_handler
     if _end_of_compilation not in callbacks.end_callbacks:  # `torch.compiler.reset` forgets it
         callbacks.register_end_callback(_end_of_compilation)
 
 
 def _end_of_compilation(*args: object) -> None:
-    # Dynamo holds locks while it calls this.
-    global _generation, _switched
-    if not _switched:
-        return
-    _switched = False
-    _generation = str(int(_generation) + 1)
-    # Code that was traced with no wrapper on is guarded on the code object of the function.
-    for wrapper in filter(None, (reference() for reference in _wrappers)):
-        _outdated.append(wrapper.__code__)
-        wrapper.__code__ = wrapper.__code__.replace()
-
-
-never_a_frame_of_its_own(guard_on_generation)
+    global _switched
+    if _switched and _renew is not None:
+        _switched = False
+        _renew()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lpln_autopatch.dynamo import switch
+from lpln_autopatch import dynamo
 from lpln_autopatch.torch_compat import (
     DYNAMO_TRACES_NORMS,
     HOOKS_RUN_ALWAYS,
@@ -32,9 +32,6 @@ MARK = "_lpln_autopatch_exempt"
 
 BY_NAME = "LPLN_EXEMPT"
 """The mark of a module that is exempt by its name: modules that are added to it inherit it."""
-
-BENEATH = "beneath another patcher"
-"""Why another patcher's function, which ours calls and then rounds, runs stock."""
 
 # Counts the calls of `mark`, for compiled code: Dynamo does not guard on a module's hooks. A
 # string, because Dynamo may make a symbol of an integer that changes.
@@ -89,17 +86,18 @@ def is_marked(module: torch.nn.Module) -> bool:
 def mark(module: torch.nn.Module, exempt: bool | str) -> None:
     """Mark `module` and every module that is inside it now with `exempt`; False takes marks off."""
     global changes, _has_hooked
-    with switch():
-        for submodule in module.modules():
-            vars(submodule).pop(MARK, None)
-            remove_forward_hooks(submodule, _enter, _leave)
-            if exempt:
-                setattr(submodule, MARK, exempt)
-                if HOOKS_RUN_ALWAYS and _may_call_a_norm_itself(submodule):
-                    submodule.register_forward_pre_hook(_enter, prepend=True)
-                    submodule.register_forward_hook(_leave, always_call=True)
-                    _has_hooked = True
-        changes = str(int(changes) + 1)
+    dynamo.note_switch()
+    for submodule in module.modules():
+        vars(submodule).pop(MARK, None)
+        remove_forward_hooks(submodule, _enter, _leave)
+        if exempt:
+            setattr(submodule, MARK, exempt)
+            if HOOKS_RUN_ALWAYS and _may_call_a_norm_itself(submodule):
+                submodule.register_forward_pre_hook(_enter, prepend=True)
+                submodule.register_forward_hook(_leave, always_call=True)
+                _has_hooked = True
+    changes = str(int(changes) + 1)
+    dynamo.note_switch()
     drop_compiled_code_that_cannot_follow()
 
 

@@ -1,21 +1,21 @@
-"""How a function of torch is wrapped and given back, and which ones are. All patching is here."""
+"""What the package changes in PyTorch, and gives back. All patching is here and in exchange.py."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Collection, Sequence
-from types import ModuleType
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
 import torch.utils.checkpoint
 import wrapt
+from torch.nn.modules import normalization
 
-from lpln_autopatch import checkpointing
-from lpln_autopatch.checkpointing import Block
-from lpln_autopatch.dynamo import switch, trace_through
-from lpln_autopatch.norms import NAMES, TARGETS, is_torchs_own
+from lpln_autopatch import dynamo, forward, norms
+from lpln_autopatch.exchange import Exchange, is_torchs_own
+from lpln_autopatch.request import Request
+from lpln_autopatch.torch_compat import drop_compiled_code_that_cannot_follow
 
 if not hasattr(wrapt, "wrapper_chain"):
     raise ImportError(
@@ -24,117 +24,140 @@ if not hasattr(wrapt, "wrapper_chain"):
     )
 
 
-@dataclasses.dataclass
-class Patch:
-    """A function of torch that is wrapped while a precision is, or may soon be, active.
+# Not torch.nn.LayerNorm, which may be another class by now: the instances made before that still
+# run this one's forward.
+LayerNorm = normalization.LayerNorm
 
-    Attributes:
-        module: Where its path begins.
-        path: Its name there, dotted.
-        factory: Makes the wrapper from the function.
-        wrappers: Those of ours that are on. More than one only if another patcher hid ours.
-        bottom: What was beneath everything when the first of them was put on.
-    """
 
-    module: ModuleType
-    path: str
-    factory: Callable[[Any], Any]
-    wrappers: list[Any] = dataclasses.field(default_factory=list)
-    bottom: Any = None
+class ForwardWrapper:
+    """Our wrapper on `torch.nn.LayerNorm.forward`, put on and taken off through wrapt."""
 
-    def install(self) -> bool:
-        """Put the wrapper on, and say whether that was necessary."""
-        self._forget_what_is_gone()
+    def __init__(self) -> None:
+        # Whether one of ours may be on, in sight or not, and what was at the bottom before it.
+        self._is_there = False
+        self._bottom: Any = None
+
+    def follow(self, on: bool) -> str | None:
+        """Put it on or take it off; return a message if it cannot be taken off."""
+        found = vars(LayerNorm)["forward"]
+        if (on and norms.is_our_wrapper(found)) or not (on or self._is_there):
+            return None
         chain = self._chain()
-        if any(_is_in(chain, wrapper) for wrapper in self.wrappers):
-            return False
-        # None of ours is in sight: never put on, or beneath somebody's closure. One above it.
-        if not self.wrappers:
-            self.bottom = chain[-1]
-        # wrapt's annotation asks for a proxy; its documentation for "a new object".
-        with switch():
-            wrapper = wrapt.wrap_object(self.module, self.path, self.factory)  # type: ignore[arg-type]
-        self.wrappers.append(wrapper)
-        return True
-
-    def remove(self) -> str | None:
-        """Take the wrapper off, or leave it where somebody else has wrapped it, and say that."""
-        for wrapper in reversed(self.wrappers[:]):
-            not_there = wrapt.WrapperNotFoundError, wrapt.WrapperNotOutermostError
-            with contextlib.suppress(*not_there), switch():
-                wrapt.unwrap_object(self.module, self.path, wrapper)
-                self.wrappers = [w for w in self.wrappers if w is not wrapper]
-        self._forget_what_is_gone()
-        if not self.wrappers:
+        ours = [link for link in chain if norms.is_our_wrapper(link)]
+        if on and not ours:
+            if not self._is_there:
+                self._is_there, self._bottom = True, chain[-1]
+            # wrapt's annotation asks for a proxy; its documentation for "a new object".
+            wrapt.wrap_object(LayerNorm, "forward", norms.wrap_forward)  # type: ignore[arg-type]
+        if on:
+            return None
+        for wrapper in ours:
+            with contextlib.suppress(wrapt.WrapperNotOutermostError):
+                wrapt.unwrap_object(LayerNorm, "forward", wrapper)
+        chain = self._chain()
+        # Where neither ours is in sight nor what was beneath it, a closure hides both.
+        bottom_is_in_sight = chain[-1] is self._bottom or _is_torchs_forward(chain[-1])
+        self._is_there = not bottom_is_in_sight or any(map(norms.is_our_wrapper, chain))
+        if not self._is_there:
             return None
         return (
-            f"{self.module.__name__}.{self.path} was wrapped by {self._chain()[0]!r} after "
-            "lpln_autopatch wrapped it. Our wrapper stays beneath that one, inert; remove that "
-            "one first to have PyTorch's own function back."
+            f"torch.nn.LayerNorm.forward was wrapped by {chain[0]!r} after lpln_autopatch wrapped "
+            "it. Our wrapper stays beneath that one, inert; remove that one first to have "
+            "PyTorch's own function back."
         )
 
-    def is_on(self) -> bool:
-        self._forget_what_is_gone()
-        return bool(self.wrappers)
-
     def _chain(self) -> list[Any]:
-        return list(wrapt.wrapper_chain(wrapt.resolve_path(self.module, self.path)[2]))
-
-    def _forget_what_is_gone(self) -> None:
-        """Forget the wrappers that somebody removed by putting back what was there before us.
-
-        That is so if torch's own function, or what was at the bottom, is in sight and the wrapper
-        is not. If none is, somebody's closure hides them.
-        """
-        chain = self._chain()
-        if _is_in(chain, self.bottom) or is_torchs_own(chain[-1], self.module, self.path):
-            self.wrappers = [wrapper for wrapper in self.wrappers if _is_in(chain, wrapper)]
+        found = vars(LayerNorm)["forward"]
+        if _is_torchs_forward(found):
+            return [found]
+        if norms.is_our_wrapper(found) and _is_torchs_forward(found.__wrapped__):
+            return [found, found.__wrapped__]
+        return list(wrapt.wrapper_chain(found))  # three times slower
 
 
-def _is_in(chain: list[Any], wanted: Any) -> bool:
-    # By identity: a wrapt proxy is equal to what it wraps.
-    return any(link is wanted for link in chain)
+def _is_torchs_forward(function: object) -> bool:
+    return is_torchs_own(function, normalization, "LayerNorm.forward")
 
 
 class Patches:
-    """Everything that the package patches. It takes the arguments of `checkpointing.factories`."""
+    """Everything that the package changes in PyTorch.
 
-    def __init__(self, capture: Callable[[], Block], stock: Block) -> None:
-        self._norms = [
-            (target.norm, Patch(target.module, target.path, target.wrap)) for target in TARGETS
-        ]
+    Args:
+        carried: For each function of checkpointing, by its path, what makes its replacement from
+            its stock copy.
+    """
+
+    def __init__(
+        self, carried: Mapping[str, Callable[[Callable[..., Any]], Callable[..., Any]]]
+    ) -> None:
+        self._norms = {
+            norm: Exchange(F, norm, functools.partial(norms.lowered, norm)) for norm in norms.NAMES
+        }
+        self._forward = Exchange(normalization, "LayerNorm.forward", norms.exempting_forward)
         self._checkpointing = [
-            Patch(torch.utils.checkpoint, path, factory)
-            for path, factory in checkpointing.factories(capture, stock).items()
+            Exchange(torch.utils.checkpoint, *function) for function in carried.items()
         ]
-        self._dynamo_knows = False
+        self._wrapper = ForwardWrapper()
 
-    def prepare(self) -> None:
-        """What has to be done before `install`, and under no lock: Dynamo is told."""
-        if not self._dynamo_knows:
-            trace_through({t.full_name: t.wrapper for t in TARGETS if t.module is F})
-            self._dynamo_knows = True
+    def prepare(self, wanted: Iterable[str]) -> None:
+        """Find the functions that `follow` needs for these norms.
 
-    def install(self, norms: Sequence[str] = NAMES) -> None:
-        """Put the wrappers of `norms` on, where they are not. If one cannot be, no new one is."""
-        wanted = [patch for norm, patch in self._norms if norm in norms]
-        new: list[Patch] = []
-        try:
-            for patch in (*self._checkpointing, *wanted):
-                if patch.install():
-                    new.append(patch)
-        except BaseException:
-            for patch in new:
-                patch.remove()
-            raise
+        Raises:
+            RuntimeError: one is hidden by something that is no Python function.
+        """
+        named = [self._norms[norm] for norm in wanted]
+        for exchange in (*named, self._forward, *self._checkpointing):
+            exchange.prepare()
 
-    def remove(self, keep: Collection[str] = ()) -> list[str]:
-        """Take the wrappers off but those of the norms in `keep`, and say which cannot go."""
-        unwanted = [patch for norm, patch in self._norms if norm not in keep]
-        unwanted += [] if keep else self._checkpointing
-        return [message for patch in unwanted if (message := patch.remove()) is not None]
+    def follow(
+        self,
+        request: Request | None,
+        carries: bool,
+        recorder: Mapping[str, Callable[..., Any]] | None,
+    ) -> tuple[bool, str | None]:
+        """Make `request` active: exchange the functions of its norms, and give back the others.
 
-    def on(self) -> set[str]:
-        """The norms of which every wrapper is on."""
-        off = {norm for norm, patch in self._norms if not patch.is_on()}
-        return set(NAMES) - off
+        Args:
+            request: What decides now. `prepare` has had its norms before.
+            carries: Whether checkpointing remembers what its forwards run under.
+            recorder: What runs in the place of each norm, wanted or not, instead of ours.
+
+        Returns:
+            Whether what the hot path reads has changed, and a message if something cannot be given
+            back.
+        """
+        lowering = forward.INACTIVE
+        wanted: tuple[str, ...] = ()
+        if request is not None and request.precision.ever_engages:
+            lowering, wanted = request.lowering, request.norms
+        changed = lowering != forward.active
+        if changed:
+            dynamo.note_switch()
+            forward.active = lowering
+            dynamo.note_switch()
+        for norm, exchange in self._norms.items():
+            exchange.follow(norm in wanted, recorder[norm] if recorder else None)
+        self._forward.follow("layer_norm" in wanted)
+        for exchange in self._checkpointing:
+            exchange.follow(carries)
+        return changed, self._wrapper.follow("layer_norm" in wanted)
+
+    def settle(self, stacklevel: int) -> None:
+        """After a change, under no lock: have compiled code follow, or warn."""
+        drop_compiled_code_that_cannot_follow()
+        dynamo.settle(stacklevel + 1)
+
+    def exchanged(self) -> set[str]:
+        """Return the norms whose functions run our code."""
+        return {norm for norm, exchange in self._norms.items() if exchange.is_exchanged()}
+
+    def tell_dynamo(self) -> None:
+        """Tell Dynamo again what is exchanged."""
+        for exchange in self._norms.values():
+            exchange.tell_dynamo()
+
+    def renew(self) -> None:
+        """Outdate all compiled code that holds a norm."""
+        for exchange in self._norms.values():
+            exchange.renew()
+        self.tell_dynamo()

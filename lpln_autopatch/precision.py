@@ -58,8 +58,7 @@ class Precision(str, enum.Enum):
     def _missing_(cls, value: object) -> Precision | None:
         # Composer's members are recognised by their value: importing Composer to ask is too dear.
         name = str(value.value if isinstance(value, enum.Enum) else value).strip().lower()
-        name = _ALIASES.get(name, name)
-        return next((member for member in cls if member.value == name), None)
+        return _MEMBERS.get(_ALIASES.get(name, name))
 
     @classmethod
     def parse(cls, value: object, source: str) -> Precision:
@@ -83,6 +82,7 @@ class Precision(str, enum.Enum):
         return str(autocast_dtype) in _ENGAGES.get(self, ())
 
 
+_MEMBERS = {member.value: member for member in Precision}
 _ENGAGES = {
     Precision.AMP: ("torch.float16", "torch.bfloat16"),
     Precision.AMP_FP16: ("torch.float16",),

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpln_autopatch import exemption, forward
-from lpln_autopatch.norms import NAMES
-from lpln_autopatch.state import wrappers_held
+from lpln_autopatch.exchange import is_torchs_own
+from lpln_autopatch.norms import FUNCTIONS
+from lpln_autopatch.state import recording
 from lpln_autopatch.surgery import check_is_module, is_under_surgery, runs_torchs_forward
 from lpln_autopatch.torch_compat import (
     autocast_dtype,
@@ -118,7 +119,7 @@ def report(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Report:
         return Report(tuple(_norms(names)), None)
     training = model.training
     recorder = _Recorder(names)
-    with _one_at_a_time, compiled_code_runs_eagerly(), wrappers_held(), recorder.in_place():
+    with _one_at_a_time, compiled_code_runs_eagerly(), recorder.in_place():
         model(*args, **kwargs)
     rows = [dataclasses.replace(row, calls=calls) for row, calls in recorder.rows.items()]
     uncalled = {module: name for module, name in names.items() if module not in recorder.called}
@@ -139,21 +140,26 @@ class _Recorder:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Record what happens inside."""
-        # Above our wrappers, so that a block inside the model finds them and puts no others on.
-        wrappers = {n: functools.partial(self._call, n, getattr(F, n)) for n in NAMES}
+        recorders = {n: functools.partial(self._call, n, f) for n, f in FUNCTIONS.items()}
+        # Another patcher's function may not call PyTorch's.
+        above: dict[str, Any] = {}
+        for norm in FUNCTIONS:
+            function = getattr(F, norm)
+            if not is_torchs_own(function, F, norm):
+                recorder = functools.partial(self._call, norm, function)
+                above[norm] = functools.update_wrapper(recorder, function)
         try:
-            with every_module_hooked(self._enter, self._leave):
-                for norm, wrapper in wrappers.items():
-                    setattr(F, norm, functools.update_wrapper(wrapper, wrapper.args[1]))
+            with recording(recorders), every_module_hooked(self._enter, self._leave):
+                vars(F).update(above)
                 yield
         finally:
             self._thread = None  # what another patcher has wrapped since cannot be taken off
-            for norm, wrapper in wrappers.items():
-                if getattr(F, norm) is wrapper:
-                    setattr(F, norm, wrapper.args[1])
+            for norm, recorder in above.items():
+                if getattr(F, norm) is recorder:
+                    setattr(F, norm, recorder.args[1])
 
     def _call(self, norm: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        # What a backend or another patcher's function calls is a part of a call of ours.
+        # What a backend calls is a part of a call of ours.
         if threading.get_ident() != self._thread or exemption.why_stock() not in (None, "exempt"):
             return function(*args, **kwargs)
         x = args[0] if args else kwargs.get("input")

@@ -7,6 +7,7 @@ comes back here, and must find a module that is whole.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from lpln_autopatch.precision import NoEffectWarning, Precision
 
 if TYPE_CHECKING:
+    from lpln_autopatch.backends import Backend
     from lpln_autopatch.forward import Lowering
 
 
@@ -40,22 +42,19 @@ class Request:
         """The request that these names make, or what `enable` raises."""
         # Before our own modules that import it: if this is its first import and LPLN_PRECISION
         # is set, it comes back to us, and must not find one of them half imported.
-        import torch
+        import torch  # noqa: F401
 
         # In the middle of torch's own import this raises. Importing a part of torch out of turn
         # there may end the process later (torch 2.9).
         from torch import Tensor  # noqa: F401
 
-        from lpln_autopatch import backends, forward
+        from lpln_autopatch import backends
 
         argument = "LPLN_PRECISION" if source == "environment" else "precision"
         parsed = Precision.parse(precision, argument)
         named = parse_norms(norms)
         name, normalise = backends.resolve(backend, parsed)
-        dtypes = [d for d in (torch.float16, torch.bfloat16) if parsed.engages(d)]
-        pair = tuple(dtypes * 2)[:2]
-        lowering = forward.Lowering(str(parsed), pair, ",".join(named), normalise)
-        return cls(parsed, name, named, source, lowering)
+        return cls(parsed, name, named, source, _lowering(parsed, named, normalise))  # type: ignore[arg-type]
 
     @classmethod
     def again(cls, precision: str, backend: str) -> Request:
@@ -81,14 +80,26 @@ class Request:
         )
 
 
+@functools.lru_cache(maxsize=32)  # a block may be made for every step
+def _lowering(precision: Precision, norms: tuple[str, ...], normalise: Backend) -> Lowering:
+    import torch
+
+    from lpln_autopatch.forward import Lowering
+
+    dtypes = [d for d in (torch.float16, torch.bfloat16) if precision.engages(d)]
+    return Lowering(str(precision), tuple(dtypes * 2)[:2], ",".join(norms), normalise)
+
+
 def parse_norms(value: object) -> tuple[str, ...]:
-    """The norms that the argument `norms` of `enable` names, in the order of `NAMES`."""
+    """Return the norms that the argument `norms` of `enable` names, in the order of `NAMES`."""
     from lpln_autopatch.norms import NAMES
     from lpln_autopatch.torch_compat import HAS_RMS_NORM
 
     source = "norms"
     if value is None:
         value, source = os.environ.get("LPLN_NORMS") or "layer_norm", "LPLN_NORMS"
+    if isinstance(value, str) and value in NAMES:
+        return (value,)
     given = value.split(",") if isinstance(value, str) else value
     try:
         names = [str(name).strip().lower() for name in given]  # type: ignore[attr-defined]

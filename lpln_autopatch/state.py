@@ -1,4 +1,4 @@
-"""Who asked for what, in which order, and which request is in force: the state of the process.
+"""Who asked for what, in which order, and which request is active: the state of the process.
 
 torch is imported by what needs it, not by this module, for the reason that request.py gives.
 """
@@ -10,9 +10,8 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lpln_autopatch.patch import Patches
@@ -21,24 +20,24 @@ if TYPE_CHECKING:
 
 # Process-wide, not thread-local: autograd recomputes checkpoints in threads of its own.
 _base: Request | None = None
-# In the order of entry. None is a recomputation whose forward ran with nothing in force.
+# In the order of entry, each under an object of its own. None is a recomputation whose forward ran
+# with nothing active.
 _blocks: dict[object, Request | None] = {}
-# Whether the wrappers stay, inert, once nothing is in force: from the first request until the
-# base is cleared. Entering and leaving blocks in a loop must not patch every time.
-_keep_wrappers = False
+# Whether somebody has asked for anything since the base was last cleared. Until then checkpointing
+# remembers what its forwards ran under, also while nothing is active.
+_asked = False
+# What `report` has every call of a norm go through.
+_recorder: Mapping[str, Callable[..., Any]] | None = None
 _made: Patches | None = None  # What `_patches` gives.
-_holds = 0  # How many need the wrappers on, whatever is in force: see `wrappers_held`.
 
 # Nothing is imported, compiled or told to the user while it is held. Reentrant, because the garbage
-# collector may close a block in the middle of a change: the change around it then follows both.
+# collector may close a block in the middle of a change.
 _lock = threading.RLock()
-_open_changes = 0
-_revision = 0
 
 
 def _renew_lock() -> None:
-    global _lock, _open_changes
-    _lock, _open_changes = threading.RLock(), 0
+    global _lock
+    _lock = threading.RLock()
 
 
 # A child forked while another thread holds the lock would wait for that thread forever.
@@ -47,154 +46,174 @@ if hasattr(os, "register_at_fork"):
 
 
 def current() -> Request | None:
-    """The request in force: the innermost open block's, or else the base."""
+    """Return the innermost open block's request, or `enable()`'s if no block is open."""
     with _lock:
-        blocks = list(_blocks.values())
-        return blocks[-1] if blocks else _base
+        try:
+            return next(reversed(_blocks.values()), _base)
+        except RuntimeError:  # the garbage collector has closed a block between two steps of this
+            return current()
 
 
-def set_base(request: Request) -> None:
-    """Put `request` in force wherever no block is open, in place of the last one."""
-    global _base, _keep_wrappers
-    with _change():
-        _install_for(request)
-        _base, _keep_wrappers = request, True
+def set_base(request: Request | None) -> Request | None:
+    """Make `request` active wherever no block is open; return the one that it takes the place of.
+
+    None leaves nothing active but the open blocks, and nothing changed in PyTorch after the last.
+    """
+    before = _base
+    _change(functools.partial(_record_base, request), request)
+    return before
 
 
-def clear_base() -> None:
-    """Leave nothing in force but the open blocks, and no wrapper after the last of them."""
-    global _base, _keep_wrappers
-    with _change():
-        _base, _keep_wrappers = None, False
+def _record_base(request: Request | None) -> None:
+    global _base, _asked
+    _base, _asked = request, request is not None
 
 
-def enter(request: Request, token: object) -> None:
-    """Open a block: `request` is in force until `leave(token)`, or until another is entered."""
-    global _keep_wrappers
-    with _change():
-        _install_for(request)
-        # Not in an open block: if the base was cleared there, the wrappers go with the last one.
-        if not _blocks:
-            _keep_wrappers = True
-        _blocks[token] = request
+class Block:
+    """What makes `request` active, between `open` and `close`, or until another one is opened.
+
+    An interruption leaves it open or closed, as its caller learns from the exception: an `open`
+    that raises has closed it again, a `close` that raises has closed it. One that nobody holds any
+    more is closed, too.
+
+    Args:
+        request: None for nothing, whatever else is active.
+        asked: Whether it is somebody's request, and no recomputation's.
+    """
+
+    _key: object = None  # `__init__` may be interrupted
+
+    def __init__(self, request: Request | None, asked: bool = True) -> None:
+        self._request = request
+        self._is_asked_for = asked
+        self._key = object()
+
+    def open(self) -> None:
+        """Make the request active."""
+        try:
+            _change(self._record, self._request)
+        except BaseException:
+            self.close()
+            raise
+
+    def _record(self) -> None:
+        global _asked
+        # Not in an open block: if the base was cleared there, all goes with the last one.
+        if self._is_asked_for and not _blocks:
+            _asked = True
+        _blocks[self._key] = self._request
+
+    def close(self) -> None:
+        """Close it, in whatever order. Does nothing if it is closed."""
+        _change(functools.partial(_blocks.pop, self._key, None), warn=self._is_asked_for)
+
+    def __del__(self) -> None:
+        if self._key in _blocks:
+            self.close()
+
+    def __enter__(self) -> None:
+        self.open()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
 
-def leave(token: object, warn: bool = True) -> None:
-    """Close the block that was entered with `token`, in whatever order."""
-    with _change(warn):
-        _blocks.pop(token, None)
-
-
-def _capture() -> Callable[[], AbstractContextManager[None]]:
-    """What opens a block of what is in force in this thread now, for a recomputation."""
+def _capture() -> Callable[[], Block]:
+    """Return what makes a block, for a recomputation, of what is active in this thread now."""
     from lpln_autopatch import exemption
 
-    return functools.partial(_again, None if exemption.is_exempt_now() else current())
+    request = None if exemption.is_exempt_now() else current()
+    return functools.partial(Block, request, asked=False)
 
 
 @contextlib.contextmanager
-def _again(request: Request | None) -> Iterator[None]:
-    from lpln_autopatch import forward
+def recording(recorder: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Have each norm's calls go through what `recorder` has for it, whatever is active."""
+    from lpln_autopatch.norms import NAMES
 
-    token = object()
-    # disable() has warned of wrappers that cannot go; backward has nothing to do with it.
-    with _change(warn=False):
-        if request is not None and request.lowering != forward.active:
-            _install_for(request)  # they may be gone since
-        _blocks[token] = request
+    def record(new: Mapping[str, Callable[..., Any]] | None) -> None:
+        global _recorder
+        _recorder = new
+
+    patches, before = _patches(), _recorder
+    with _lock:
+        patches.prepare(NAMES)
     try:
+        _change(functools.partial(record, recorder))
         yield
     finally:
-        leave(token, warn=False)
-
-
-@contextlib.contextmanager
-def wrappers_held() -> Iterator[None]:
-    """Have the wrappers of every norm on, inert or not. None is put on or taken off inside."""
-    global _holds
-    patches = _patches()
-    with _change():
-        were_on = patches.on()
-        patches.install()
-        _holds += 1
-    try:
-        yield
-    finally:
-        with _change(warn=False):
-            _holds -= 1
-            requests = filter(None, (_base, *_blocks.values()))
-            lowered = (request.norms for request in requests if request.precision.ever_engages)
-            patches.remove(were_on.union(*lowered))
+        _change(functools.partial(record, before))
 
 
 def is_installed() -> bool:
-    """Whether our wrappers are on the norms, active or inert."""
+    """Return True if PyTorch's functions of norms run our code."""
     patches = _patches()
     with _lock:
-        return bool(patches.on())
+        return bool(patches.exchanged())
 
 
 def _patches() -> Patches:
-    """What this package patches: one object, whichever thread asks first."""
+    """Return what this package patches: one object, whichever thread asks first."""
     global _made
-    from lpln_autopatch.patch import Patches
-
-    with _lock:
-        if _made is None:
-            _made = Patches(_capture, functools.partial(_again, None))
+    if _made is not None:
         return _made
-
-
-def _install_for(request: Request) -> None:
-    """What can fail, before anything is recorded: a refused request changes nothing."""
-    if request.precision.ever_engages:
-        _patches().install(request.norms)
-
-
-@contextlib.contextmanager
-def _change(warn: bool = True) -> Iterator[None]:
-    """Hold the lock while the state changes, then have the hot path and the wrappers follow.
-
-    With `warn`, say so if the wrappers have to go and cannot.
-    """
-    global _open_changes, _revision
     import torch  # noqa: F401  # with LPLN_PRECISION set, importing it makes a change of its own
 
-    from lpln_autopatch import torch_compat
+    from lpln_autopatch import checkpointing, dynamo
+    from lpln_autopatch.patch import Patches
 
-    patches = _patches()
-    patches.prepare()
-    drop, left = False, []
+    stock = functools.partial(Block, None, asked=False)
     with _lock:
-        _open_changes += 1
-        _revision += 1
+        _made = _made or Patches(checkpointing.replacements(_capture, stock))
+    dynamo.connect(_tell_dynamo, _renew)
+    return _made
+
+
+def _tell_dynamo() -> None:
+    patches = _patches()
+    with _lock:
+        patches.tell_dynamo()
+    if is_installed():
+        patches.settle(stacklevel=2)
+
+
+def _renew() -> None:
+    with _lock:
+        _patches().renew()
+
+
+def _change(record: Callable[[], Any], request: Request | None = None, warn: bool = True) -> None:
+    """Record a change, and have PyTorch's functions follow, whatever interrupts that.
+
+    What can fail comes before anything is recorded: a refused request changes nothing.
+    """
+    patches = _patches()
+    with _lock:
+        if request is not None and request.precision.ever_engages:
+            patches.prepare(request.norms)
         try:
-            yield
-            seen = None
-            while _open_changes == 1 and seen != _revision:
-                seen = _revision
-                drop |= _set_active()
-                if _base is None and not _blocks and not _keep_wrappers and not _holds:
-                    left = patches.remove()
-        finally:
-            _open_changes -= 1
-    if drop:
-        torch_compat.drop_compiled_code_that_cannot_follow()
+            record()
+            changed, message = _follow(patches)
+        except BaseException:
+            _follow(patches)
+            raise
+    if changed:
+        patches.settle(stacklevel=4)
     # Last of all, for those who make errors of warnings.
-    for message in left if warn else ():
-        warnings.warn(message, RuntimeWarning, stacklevel=5)
+    if changed and warn and message is not None:
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def _set_active() -> bool:
-    """Make the hot path follow what is recorded, and say whether that has changed it."""
-    from lpln_autopatch import forward
-    from lpln_autopatch.dynamo import switch
+def _follow(patches: Patches) -> tuple[bool, str | None]:
+    """Make active what is recorded.
 
-    request = current()
-    engages = request is not None and request.precision.ever_engages
-    lowering = request.lowering if request is not None and engages else forward.INACTIVE
-    if lowering == forward.active:
-        return False
-    with switch():
-        forward.active = lowering
-    return True
+    The garbage collector may close a block meanwhile: again, until what is active is what is
+    recorded.
+    """
+    changed, message = False, None
+    while True:
+        request, carries, recorder = current(), _asked or bool(_blocks), _recorder
+        result = patches.follow(request, carries, recorder)
+        changed, message = changed or result[0], message or result[1]
+        if current() is request and carries is (_asked or bool(_blocks)) and recorder is _recorder:
+            return changed, message

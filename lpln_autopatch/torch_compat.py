@@ -76,6 +76,12 @@ HAS_RMS_NORM = TORCH_VERSION >= (2, 4)
 # until torch 2.5: Dynamo puts a call of torch's own modules into the graph without tracing it.
 DYNAMO_TRACES_NORMS = TORCH_VERSION >= (2, 5)
 
+# until torch 2.12: Dynamo does not always look at the code of a function that it has met.
+GRAPHS_GUARD_ON_CODE = TORCH_VERSION >= (2, 12)
+
+# until torch 2.15: what was once compiled under `caching_precompile` cannot be compiled without.
+PRECOMPILATION_CAN_BE_LEFT = TORCH_VERSION >= (2, 15)
+
 # until torch 2.13: Inductor takes a cast to low precision and back out of the graph.
 GRAPHS_KEEP_ROUNDED_INPUTS = TORCH_VERSION >= (2, 13)
 
@@ -228,13 +234,11 @@ def drop_compiled_code_that_cannot_follow() -> None:
 
 # Of `torch.utils.checkpoint`: the lowest points that every route to a recomputation passes,
 # and which positional argument of each is the function that will run again in backward.
-# until torch 2.1: non-reentrant checkpointing keeps no frame; its function is wrapped.
-CHECKPOINT_ENTRIES = {
-    "CheckpointFunction.forward": 1,
-    (
-        "_CheckpointFrame.__init__" if TORCH_VERSION >= (2, 1) else "_checkpoint_without_reentrant"
-    ): 0,
-}
+CHECKPOINT_ENTRIES = {"CheckpointFunction.forward": 1}
+if TORCH_VERSION >= (2, 1):
+    CHECKPOINT_ENTRIES["_CheckpointFrame.__init__"] = 1
+else:  # until torch 2.1: non-reentrant checkpointing keeps no frame
+    CHECKPOINT_ENTRIES["_checkpoint_without_reentrant"] = 0
 
 # What runs first in a recomputation, and the attribute of its `self` that holds the function.
 CHECKPOINT_RECOMPUTATIONS = {"CheckpointFunction.backward": "run_function"}

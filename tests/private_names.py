@@ -41,9 +41,6 @@ PRIVATE_NAMES = {
     "torch.overrides.has_torch_function, which takes a tuple, and more time.": [
         Name("torch.overrides.has_torch_function_variadic"),
     ],
-    "None: TorchScript, which is deprecated, looks up the names in group_norm's source.": [
-        Name("torch.nn.functional._verify_batch_size"),
-    ],
     "None: TORCH_DEVICE_BACKEND_AUTOLOAD is public, and how torch reads it is not.": [
         Name("torch._is_device_backend_autoload_enabled", since=(2, 5)),
     ],
@@ -71,9 +68,11 @@ PRIVATE_NAMES = {
     "None: torch.compile does not say which module it was given.": [
         Name("torch._dynamo.eval_frame.OptimizedModule.__init__._orig_mod", since=(2, 0)),
     ],
-    "None: torch.compiler.substitute_in_graph takes no name out of Dynamo's table.": [
+    "None: torch.compiler.substitute_in_graph replaces a function for good.": [
         Name("torch._dynamo.trace_rules.torch_name_rule_map", since=(2, 5)),
         Name("torch._dynamo.trace_rules.get_torch_obj_rule_map", since=(2, 5)),
+        Name("torch._dynamo.trace_rules.UserFunctionVariable", since=(2, 5)),
+        Name("torch._dynamo.trace_rules.UserFunctionVariable.create_with_source", since=(2, 5)),
     ],
     "None: torch.compiler tells nobody that a compilation runs, or ends.": [
         Name("torch._dynamo.convert_frame.compile_lock", since=(2, 5)),

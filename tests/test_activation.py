@@ -53,28 +53,31 @@ def test_disable_twice_does_nothing_more():
 
 
 def test_block_lowers_inside_only(layer_norm):
-    """A block lowers inside and leaves the wrapper, inert, outside; disable() removes it."""
+    """A block lowers inside, and leaves nothing of ours in PyTorch's functions."""
     with low_precision_layernorm("bf16"):
         assert output_dtype(layer_norm) is BF16
+        assert lpln.status().installed
     assert output_dtype(layer_norm) is FP32
-    assert lpln.status().installed
-    lpln.disable()
     assert not lpln.status().installed
 
 
-def test_enable_may_be_used_as_a_block(layer_norm):
-    """`with enable():` lowers, and calls disable() at its end, whatever raises inside."""
+@pytest.mark.parametrize("before", [None, "amp"])
+def test_enable_may_be_used_as_a_block(layer_norm, before):
+    """`with enable():` gives back at its end what was the base before, whatever raises."""
+    if before:
+        lpln.enable(before)
+    status = lpln.status()
 
     def run() -> None:
         with lpln.enable("bf16"):
+            assert str(lpln.status().precision) == "amp_bf16"
             assert output_dtype(layer_norm) is BF16
             raise KeyError("inside")
 
     with pytest.raises(KeyError, match="inside"):
         run()
-    assert lpln.status().precision is None
-    assert not lpln.status().installed
-    assert output_dtype(layer_norm) is FP32
+    assert lpln.status() == status
+    assert output_dtype(layer_norm) is (BF16 if before else FP32)
 
 
 def test_innermost_block_wins(layer_norm):
@@ -218,19 +221,19 @@ def test_refused_request_changes_nothing(layer_norm, ask, arguments):
 
 
 def test_failing_installation_changes_nothing(layer_norm, monkeypatch):
-    """If the patch cannot be put on, the request is forgotten and nothing stays patched."""
-    from lpln_autopatch import patch, state
+    """If a function cannot be found, the request is forgotten and nothing is exchanged."""
+    from lpln_autopatch import exchange, state
 
-    broken = patch.Patch(torch.utils.checkpoint, "no_such_function", lambda original: original)
+    broken = exchange.Exchange(torch.utils.checkpoint, "no_such_function", lambda stock: stock)
     patches = state._patches()
     monkeypatch.setattr(patches, "_checkpointing", [*patches._checkpointing, broken])
-    before = dict(vars(torch.utils.checkpoint.CheckpointFunction))
+    before = torch.utils.checkpoint.CheckpointFunction.forward.__code__
     for ask in (lpln.enable, low_precision_layernorm().__enter__):
-        with pytest.raises(AttributeError):
+        with pytest.raises(AttributeError, match="no_such_function"):
             ask()
         assert lpln.status().precision is None
         assert not lpln.status().installed
-        assert dict(vars(torch.utils.checkpoint.CheckpointFunction)) == before
+        assert torch.utils.checkpoint.CheckpointFunction.forward.__code__ is before
         assert output_dtype(layer_norm) is FP32
 
 

@@ -222,7 +222,7 @@ def test_decorated_function_can_be_compiled(model):
 
 
 def test_wrapper_of_somebody_else_beneath_is_compiled(model):
-    """A foreign forward beneath ours is traced, and its output rounded."""
+    """A foreign forward beneath ours is traced, and PyTorch's, which it calls, is lowered."""
     original = vars(torch.nn.LayerNorm)["forward"]
     torch.nn.LayerNorm.forward = lambda self, x: original(self, x) + 1
     try:
@@ -231,6 +231,7 @@ def test_wrapper_of_somebody_else_beneath_is_compiled(model):
         expected = model(x)
         with low_precision_layernorm(), autocast():
             got = compiled(x)
+        assert got.dtype is BF16
         torch.testing.assert_close(got, expected.to(BF16), rtol=0.02, atol=0.02)
         lpln.disable()
     finally:
@@ -500,10 +501,14 @@ def test_what_changes_nothing_outdates_nothing(thread):
     assert len(compilations) == 1
 
 
-def test_code_compiled_while_another_patchers_function_is_wrapped_follows(monkeypatch):
-    """The wrapper that enable() puts over a function that is not torch's own is made for it."""
+def test_code_compiled_behind_another_patchers_function_follows(monkeypatch):
+    """A switch of another thread during the compilation is followed through their function."""
     torchs_own = torch.nn.functional.layer_norm
-    monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda *args: torchs_own(*args))
+
+    def theirs(*args, **kwargs):
+        return torchs_own(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", theirs)
     compiled = norm_with_pauses(lambda: lpln.enable("bf16"))
     output_dtype(compiled)
     assert output_dtype(compiled) is BF16

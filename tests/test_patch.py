@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import pickle
 import types
 import warnings
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 import wrapt
-from support import autocast, output_dtype
+from support import autocast, needs_dynamo, output_dtype, run_forked
 
 import lpln_autopatch as lpln
 from lpln_autopatch import low_precision_layernorm, norms
@@ -19,26 +22,81 @@ BF16, FP32 = torch.bfloat16, torch.float32
 LayerNorm = torch.nn.LayerNorm
 
 
-def patched_attributes() -> list[object]:
-    """Everything that the package patches, as it is now."""
-    checkpoint_module = torch.utils.checkpoint
-    attributes = [vars(LayerNorm)["forward"], torch.nn.functional.layer_norm]
-    for path in (*CHECKPOINT_ENTRIES, *CHECKPOINT_RECOMPUTATIONS):
-        *owner, name = path.split(".")
-        attributes.append(vars(functools.reduce(getattr, owner, checkpoint_module))[name])
-    return attributes
+def checkpoint_functions() -> list[object]:
+    """What the package exchanges in torch.utils.checkpoint, as it is there now."""
+    paths = [path.split(".") for path in (*CHECKPOINT_ENTRIES, *CHECKPOINT_RECOMPUTATIONS)]
+    return [functools.reduce(getattr, path, torch.utils.checkpoint) for path in paths]
 
 
-def test_disable_restores_the_identical_objects():
-    """After disable() every attribute that we patched is the object it was before."""
-    before = patched_attributes()
-    assert len(before) >= 5
+def functions() -> list[object]:
+    """The functions that the package exchanges, as they are in PyTorch now."""
+    named = (getattr(F, name) for name in norms.NAMES)
+    return [*named, inspect.unwrap(LayerNorm.forward), *checkpoint_functions()]
+
+
+@pytest.mark.parametrize("how", ["enable", "block"])
+def test_functions_are_the_same_objects_at_all_times(how):
+    """Their code alone is ours while something is active, and PyTorch's own otherwise."""
+    before, forward = functions(), vars(LayerNorm)["forward"]
+    codes = [function.__code__ for function in before]
     for _ in range(2):
-        lpln.enable()
-        lpln.enable("bf16")
-        assert not any(a is b for a, b in zip(before, patched_attributes(), strict=True))
+        with {"enable": lpln.enable, "block": low_precision_layernorm}[how](norms="all"):
+            assert all(a is b for a, b in zip(before, functions(), strict=True))
+            assert not any(f.__code__ is c for f, c in zip(before, codes, strict=True))
+        # Checkpointing remembers what its forwards run under, until disable().
+        ours = len(norms.NAMES) + 1
+        assert all(f.__code__ is c for f, c in zip(before[:ours], codes, strict=False))
+        assert vars(LayerNorm)["forward"] is forward
         lpln.disable()
-        assert all(a is b for a, b in zip(before, patched_attributes(), strict=True))
+        assert all(f.__code__ is c for f, c in zip(before, codes, strict=True))
+        assert all(a is b for a, b in zip(before, functions(), strict=True))
+
+
+@pytest.mark.parametrize("bound", ["before", "while active"])
+def test_function_that_was_bound_early_is_lowered(bound):
+    """By an import, by functools.partial, in an attribute: whenever that was."""
+    x = torch.randn(4, 8)
+    if bound == "while active":
+        lpln.enable()
+    by_name, partial = F.layer_norm, functools.partial(F.layer_norm, normalized_shape=(8,))
+    lpln.enable()
+    with autocast():
+        assert by_name(x, (8,)).dtype is partial(x).dtype is BF16
+    lpln.disable()
+    with autocast():
+        assert by_name(x, (8,)).dtype is partial(x).dtype is FP32
+
+
+@pytest.mark.parametrize("when", ["before", "active", "after a block", "after disable"])
+def test_what_holds_a_function_can_be_pickled(when):
+    """In any order of activation, and what was pickled while active is PyTorch's own function."""
+    held = functools.partial(F.layer_norm, normalized_shape=(8,))
+    if when == "active":
+        lpln.enable()
+    if when != "before":
+        with low_precision_layernorm():
+            held = functools.partial(F.layer_norm, normalized_shape=(8,))
+    if when == "after disable":
+        lpln.enable()
+        lpln.disable()
+    assert pickle.loads(pickle.dumps(held)).func is F.layer_norm
+    lpln.disable()
+    assert pickle.loads(pickle.dumps(held)).func is F.layer_norm
+
+
+def test_signature_and_source_are_pytorchs():
+    """Names, defaults, keywords, annotations and docstring, while active as otherwise."""
+
+    def seen() -> list[object]:
+        exchanged = [getattr(F, name) for name in norms.NAMES]
+        return [
+            (inspect.signature(f), inspect.getsource(f), f.__doc__, f.__name__)
+            for f in (*exchanged, LayerNorm.forward)
+        ]
+
+    stock = seen()
+    lpln.enable(norms="all")
+    assert seen() == stock
 
 
 def test_wrapper_is_a_plain_function_that_wrapt_understands():
@@ -49,14 +107,6 @@ def test_wrapper_is_a_plain_function_that_wrapt_understands():
     assert type(wrapper) is types.FunctionType
     assert list(wrapt.wrapper_chain(wrapper)) == [wrapper, original]
     assert inspect.signature(wrapper) == inspect.signature(original)
-
-
-def test_block_does_not_patch_again():
-    """The wrapper that a block leaves behind is the one that the next block uses."""
-    with low_precision_layernorm():
-        first = vars(LayerNorm)["forward"]
-    with low_precision_layernorm("bf16"):
-        assert vars(LayerNorm)["forward"] is first
 
 
 def plain(original):
@@ -80,16 +130,15 @@ def test_wrapper_of_somebody_else_on_top_survives(theirs, layer_norm):
     original = vars(LayerNorm)["forward"]
     x = torch.randn(4, 8)
     stock = layer_norm(x)
-    lpln.enable()
-    LayerNorm.forward = top = theirs(vars(LayerNorm)["forward"])
+    message = r"LayerNorm\.forward was wrapped by"
+    with contextlib.ExitStack() as warned:
+        if theirs is not with_wrapt:  # wrapt takes ours out from beneath one of its own
+            caught = warned.enter_context(pytest.warns(RuntimeWarning, match=message))
+        with lpln.enable():
+            LayerNorm.forward = top = theirs(vars(LayerNorm)["forward"])
+            assert output_dtype(layer_norm) is BF16
     try:
-        assert output_dtype(layer_norm) is BF16
-        if theirs is with_wrapt:
-            lpln.disable()  # spliced out from beneath theirs
-        else:
-            message = r"LayerNorm\.forward was wrapped by"
-            with pytest.warns(RuntimeWarning, match=message) as caught, lpln.enable():
-                pass
+        if theirs is not with_wrapt:
             assert caught[0].filename == __file__
             lpln.enable()
             with pytest.warns(RuntimeWarning, match=message) as caught:
@@ -97,15 +146,6 @@ def test_wrapper_of_somebody_else_on_top_survives(theirs, layer_norm):
             assert caught[0].filename == __file__
         assert vars(LayerNorm)["forward"] is top
         assert output_dtype(layer_norm) is FP32
-        assert torch.equal(layer_norm(x), stock + 1)
-
-        lpln.enable()
-        assert output_dtype(layer_norm) is BF16
-        assert torch.equal(layer_norm(x), stock + 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            lpln.disable()
-        assert vars(LayerNorm)["forward"] is top
         assert torch.equal(layer_norm(x), stock + 1)
     finally:
         # They leave: what they had wrapped is back, perhaps ours, which can go now.
@@ -119,22 +159,35 @@ def test_wrapper_of_somebody_else_on_top_survives(theirs, layer_norm):
 
 @pytest.mark.parametrize("theirs", [plain, with_wraps, with_wrapt])
 def test_wrapper_of_somebody_else_beneath_is_called(theirs, layer_norm):
-    """Ours calls what it found, whoever put it there, and gives it back on disable()."""
+    """Theirs runs as it is, and what it calls is lowered: PyTorch's forward."""
     original = vars(LayerNorm)["forward"]
+    x = torch.randn(4, 8)
+    stock = layer_norm(x)
     LayerNorm.forward = beneath = theirs(original)
     try:
-        x = torch.randn(4, 8)
-        expected = layer_norm(x)
         lpln.enable()
         with autocast():
-            lowered = layer_norm(x)
-        assert lowered.dtype is BF16
-        assert torch.equal(lowered, expected.to(BF16))
-        assert torch.equal(layer_norm(x), expected)
+            assert torch.equal(layer_norm(x), stock.to(BF16) + 1)
+            lpln.exempt(layer_norm)
+            assert torch.equal(layer_norm(x), stock + 1)
         lpln.disable()
         assert vars(LayerNorm)["forward"] is beneath
     finally:
         LayerNorm.forward = original
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_dynamo)])
+@pytest.mark.parametrize("bound", ["class", "instance"])
+def test_exemption_holds_without_the_wrapper(layer_norm, bound, compiled):
+    """Somebody puts PyTorch's own forward back, or has bound it: lowered, and stock if exempt."""
+    original = vars(LayerNorm)["forward"]
+    exempt = lpln.exempt(torch.nn.LayerNorm(8))
+    if bound == "instance":  # as accelerate's hooks do
+        layer_norm.forward, exempt.forward = layer_norm.forward, exempt.forward
+    lpln.enable()
+    LayerNorm.forward = original
+    run = [torch.compile(m, backend="aot_eager") if compiled else m for m in (layer_norm, exempt)]
+    assert [output_dtype(module) for module in run] == [BF16, FP32]
 
 
 class Descriptor:
@@ -155,15 +208,14 @@ FOREIGN = {
 @pytest.mark.skipif(not hasattr(torch.nn, "RMSNorm"), reason="needs torch 2.4; CI has it")
 @pytest.mark.parametrize("theirs", FOREIGN.values(), ids=FOREIGN)
 def test_only_torchs_own_forward_is_replaced(theirs, layer_norm, monkeypatch):
-    """Whatever else is there runs as it is: its output is rounded, and disable() gives it back."""
+    """Whatever else is there runs as it is, and disable() gives it back."""
     layer_norm.approximate = "none"  # of GELU
     monkeypatch.setattr(LayerNorm, "forward", theirs)
     x = torch.randn(4, 8)
     expected = layer_norm(x)
     lpln.enable()
     with autocast():
-        lowered = layer_norm(x)
-        assert torch.equal(lowered, expected.to(BF16))
+        assert torch.equal(layer_norm(x), expected)
         lpln.exempt(layer_norm)
         assert torch.equal(layer_norm(x), expected)
     assert torch.equal(layer_norm(x), expected)
@@ -171,19 +223,17 @@ def test_only_torchs_own_forward_is_replaced(theirs, layer_norm, monkeypatch):
     assert vars(LayerNorm)["forward"] is theirs
 
 
-def test_enable_after_somebody_put_the_original_back(layer_norm):
-    """A patcher that restores what it saved removes ours: the next enable() puts it on again."""
+def test_somebody_puts_the_original_back(layer_norm):
+    """A patcher that restores what it saved removes our wrapper: lowering goes on."""
     original = vars(LayerNorm)["forward"]
     lpln.enable()
     LayerNorm.forward = original
-    assert not lpln.status().installed
-    lpln.enable()
+    assert lpln.status().installed
     assert output_dtype(layer_norm) is BF16
-    lpln.disable()
-    LayerNorm.forward = original
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lpln.disable()
+    assert output_dtype(layer_norm) is FP32
 
 
 def test_original_class_is_patched_even_if_the_name_was_rebound(layer_norm, monkeypatch):
@@ -222,21 +272,11 @@ def test_inactive_process_is_bit_identical(layer_norm):
     assert equal(run(), untouched)
 
 
-def test_source_of_a_wrapper_is_found():
-    """By inspect, under the file name that begins with torch's: of code, frames and LPLayerNorm."""
-    source = inspect.getsource(inspect.getmodule(norms.Target))
-    for target in norms.TARGETS:
-        code = inspect.getsource(target.wrapper.__code__)
-        assert code.startswith(f"def {target.wrapper.__code__.co_name}(")
-        assert code in source
+def test_source_of_our_code_is_found():
+    """By inspect, under the file name that begins with torch's: the wrapper's and LPLayerNorm's."""
+    source = inspect.getsource(norms.layer_norm_forward.__code__)
+    assert source.startswith("def layer_norm_forward(")
     assert "decide(lowering" in inspect.getsource(lpln.LPLayerNorm.forward.__code__)
-    torchs = inspect.getsource(torch.nn.functional.layer_norm)
-    lpln.enable()
-    assert inspect.getsource(torch.nn.functional.layer_norm) == torchs
-    with pytest.raises(RuntimeError) as error:
-        torch.nn.functional.layer_norm(torch.randn(2, 3), (4,))
-    _, ours, *_ = inspect.getinnerframes(error.tb)
-    assert "_layer_norm(" in ours.code_context[0]
 
 
 def test_patcher_that_came_and_went_leaves_no_trace():
@@ -245,20 +285,17 @@ def test_patcher_that_came_and_went_leaves_no_trace():
     lpln.enable()
     saved = LayerNorm.forward
     LayerNorm.forward = plain(saved)
-    with low_precision_layernorm():
-        pass  # puts one of ours above theirs
+    with low_precision_layernorm("fp32"), low_precision_layernorm():
+        pass  # puts one of ours above theirs, and takes it off
     LayerNorm.forward = saved
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        lpln.disable()
-        assert vars(LayerNorm)["forward"] is original
-        assert not lpln.status().installed
-        lpln.disable()
+    lpln.disable()
+    assert vars(LayerNorm)["forward"] is original
+    assert not lpln.status().installed
 
 
 def test_disable_is_complete_where_warnings_are_errors():
-    """The warning about a wrapper on top comes when everything else has been taken off."""
-    before = patched_attributes()
+    """The warning about a wrapper on top comes when everything else has been given back."""
+    stock = [function.__code__ for function in functions()]
     lpln.enable()
     saved = LayerNorm.forward
     LayerNorm.forward = plain(saved)
@@ -266,16 +303,17 @@ def test_disable_is_complete_where_warnings_are_errors():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeWarning):
             lpln.disable()
-    assert all(a is b for a, b in zip(before[1:], patched_attributes()[1:], strict=True))
     LayerNorm.forward = saved
+    assert [function.__code__ for function in functions()] == stock
 
 
 def test_traceback_names_both_files(layer_norm):
-    """An error in a lowered call shows that our function ran in the place of torch's."""
+    """An error in a lowered call shows PyTorch's function, and ours that it ran."""
     with low_precision_layernorm(), autocast(), pytest.raises(RuntimeError) as error:
         layer_norm(torch.randn(4, 7))
     names = [str(entry.path) for entry in error.traceback]
-    assert any("functional.py <- " in n and n.endswith("norms.py") for n in names)
+    at = next(i for i, name in enumerate(names) if name.endswith("functional.py"))
+    assert names[at + 1].endswith("lpln_autopatch/norms.py")
 
 
 PATCHERS = pytest.mark.parametrize("second", [plain, with_wraps, with_wrapt])
@@ -298,8 +336,7 @@ def test_between_two_patchers(first, second, layer_norm):
     try:
         with autocast():
             lowered = layer_norm(x)
-        assert lowered.dtype is BF16
-        assert torch.equal(lowered, (stock + 1).to(BF16) + 1)
+        assert torch.equal(lowered, stock.to(BF16) + 1 + 1)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             lpln.disable()
@@ -329,9 +366,7 @@ def test_patcher_between_two_of_our_activations(second, layer_norm):
     try:
         lpln.enable("bf16")
         with autocast():
-            # A closure hides ours, so that there is another one above it.
-            expected = (stock + 1).to(BF16) if second is plain else stock.to(BF16) + 1
-            assert torch.equal(layer_norm(x), expected)
+            assert torch.equal(layer_norm(x), stock.to(BF16) + 1)
         assert torch.equal(layer_norm(x), stock + 1)
     finally:
         LayerNorm.forward = ours
@@ -339,59 +374,83 @@ def test_patcher_between_two_of_our_activations(second, layer_norm):
     assert vars(LayerNorm)["forward"] is original
 
 
-def test_patcher_of_checkpoint_is_left_in_place():
-    """Somebody's wrapper on what checkpoint calls stays above ours, and disable() warns of it.
-
-    A backward after that recomputes, and warns of nothing.
-    """
+@pytest.mark.parametrize("how", ["before", "active"])
+def test_patcher_of_checkpointing_is_followed(how):
+    """Somebody's wrapper on what checkpoint calls is called, and what it calls remembers."""
     checkpoint = torch.utils.checkpoint
     path = list(CHECKPOINT_ENTRIES)[1]
     *owner, name = path.split(".")
     holder = functools.reduce(getattr, owner, checkpoint)
     original = vars(holder)[name]
-    lpln.enable()
-    ours = vars(holder)[name]
+    if how == "active":
+        lpln.enable()
     calls = []
 
     def theirs(*args, **kwargs):
         calls.append(name)
-        return ours(*args, **kwargs) if not owner else ours.__get__(args[0])(*args[1:], **kwargs)
+        return original(*args, **kwargs)
 
     setattr(holder, name, theirs)
     try:
-        with pytest.warns(RuntimeWarning, match=rf"checkpoint\.{path} was wrapped by"):
-            lpln.disable()
-        assert vars(holder)[name] is theirs
+        lpln.enable()
         x = torch.randn(4, 8, requires_grad=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            y = checkpoint.checkpoint(torch.nn.LayerNorm(8), x, use_reentrant=False)
-            y.sum().backward()
-        assert x.grad is not None
-        assert calls == [name]
-    finally:
-        setattr(holder, name, ours)
+        norm, seen = torch.nn.LayerNorm(8), []
+        norm.register_forward_hook(lambda module, args, y: seen.append(y.dtype))
+        with autocast():
+            model = torch.nn.Sequential(norm, torch.nn.Linear(8, 8))
+            y = checkpoint.checkpoint(model, x, use_reentrant=False)
         lpln.disable()
-    assert vars(holder)[name] is original
+        y.sum().backward()
+        assert vars(holder)[name] is theirs
+    finally:
+        setattr(holder, name, original)
+    assert seen == [BF16, BF16]
+    assert calls == [name]
 
 
 @pytest.mark.parametrize("name", ["forward", "layer_norm"])
-def test_mock_around_an_activation_is_seen(layer_norm, name):
-    """mock.patch puts the original back over our wrapper: status() says so, disable() is silent.
-
-    The next enable() lowers again.
-    """
-    holder = LayerNorm if name == "forward" else torch.nn.functional
+def test_mock_around_an_activation_hides_nothing(layer_norm, name):
+    """mock.patch puts the original back over what we did meanwhile: lowered, until disable()."""
+    holder = LayerNorm if name == "forward" else F
     original = vars(holder)[name]
     with mock.patch.object(holder, name, lambda *args, **kwargs: args[-1]):
         lpln.enable()
     assert vars(holder)[name] is original
-    assert not lpln.status().installed
+    assert lpln.status().installed
+    assert output_dtype(layer_norm) is BF16
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lpln.disable()
-        lpln.enable()
-        assert lpln.status().installed
-        assert output_dtype(layer_norm) is BF16
-        lpln.disable()
+    assert output_dtype(layer_norm) is FP32
     assert vars(holder)[name] is original
+
+
+FIRST = """
+import sys, torch
+import torch.nn.functional as F
+original = F.layer_norm
+F.layer_norm = torch.layer_norm if sys.argv[1] == "builtin" else lambda *args: original(*args) + 1
+import lpln_autopatch
+try:
+    lpln_autopatch.enable()
+except RuntimeError as error:
+    print(error)
+    lpln_autopatch.enable(norms="group_norm")
+    lpln_autopatch.disable()
+    F.layer_norm = original
+    lpln_autopatch.enable()
+with torch.autocast("cpu", torch.bfloat16):
+    print(F.layer_norm(torch.randn(2, 8), (8,)).dtype, original(torch.randn(2, 8), (8,)).dtype)
+"""
+
+
+def test_function_that_a_closure_hides_is_found():
+    """Somebody was there before the first activation: what they call is lowered."""
+    assert run_forked("-c", FIRST, "closure").stdout == "torch.bfloat16 torch.bfloat16\n"
+
+
+def test_function_that_is_no_python_function_is_named():
+    """A builtin in its place has no code to exchange: a RuntimeError, and nothing has changed."""
+    error, after = run_forked("-c", FIRST, "builtin").stdout.splitlines()
+    assert error.startswith("torch.nn.functional.layer_norm is <built-in method layer_norm")
+    assert after == "torch.bfloat16 torch.bfloat16"

@@ -1,16 +1,27 @@
-"""A change of what is in force holds, wherever it is interrupted."""
+"""A change of what is active holds, wherever it is interrupted."""
 
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
+import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import output_dtype
 
 import lpln_autopatch as lpln
-from lpln_autopatch import low_precision_layernorm, patch, state
+from lpln_autopatch import (
+    activation,
+    dynamo,
+    exchange,
+    low_precision_layernorm,
+    norms,
+    patch,
+    state,
+)
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LayerNorm = torch.nn.LayerNorm
@@ -38,7 +49,7 @@ def test_block_that_the_garbage_collector_closes_in_a_change(layer_norm, what):
         block.__enter__() if what == "block" else getattr(lpln, what)()
 
     def collect_at(frame, event, argument) -> None:
-        if frame.f_globals is vars(state) or frame.f_globals is vars(patch):
+        if any(frame.f_globals is vars(module) for module in (state, patch, exchange)):
             calls.append(event)
         if len(calls) == position:
             sys.setprofile(None)
@@ -70,3 +81,84 @@ def test_block_that_the_garbage_collector_closes_in_a_change(layer_norm, what):
         gc.enable()
         gc.unfreeze()
     assert position > 10
+
+
+def interrupted_at(position: int, function) -> bool:
+    """Run `function` with a KeyboardInterrupt at that place in our code, if there are so many.
+
+    Python looks for signals where a function begins, and behind a call of one written in C.
+    """
+    ours = [vars(module) for module in (activation, dynamo, exchange, norms, patch, state)]
+    places = 0
+
+    def profile(frame, event, argument):
+        nonlocal places
+        if event in ("call", "c_return") and any(frame.f_globals is names for names in ours):
+            places += 1
+            if places == position:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    sys.setprofile(profile)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return places >= position
+
+
+def lock_is_free() -> bool:
+    taken: list[bool] = []
+
+    def take() -> None:
+        taken.append(state._lock.acquire(timeout=10))
+        state._lock.release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return taken[0]
+
+
+def a_block() -> None:
+    with low_precision_layernorm("bf16"):
+        assert state.current().source == "block"
+
+
+def what_a_forward_may_see() -> dict[str, object]:
+    """Everything that an activation changes in PyTorch."""
+    return {
+        "function": F.layer_norm.__code__,
+        "method": vars(LayerNorm)["forward"],
+        "code": inspect.unwrap(LayerNorm.forward).__code__,
+        "checkpointing": torch.utils.checkpoint.CheckpointFunction.forward.__code__,
+    }
+
+
+# One that hits a finaliser is lost, wherever a program is interrupted.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("what", [a_block, lpln.enable, lpln.disable], ids=lambda f: f.__name__)
+def test_interrupt_anywhere_leaves_nothing_half_done(layer_norm, what):
+    """Ctrl-C wherever Python looks for it: no block open, no lock held, nothing half exchanged."""
+    stock = what_a_forward_may_see()
+    position = 0
+    interrupted = True
+    while interrupted:
+        position += 1
+        if what is lpln.disable:
+            lpln.enable()
+        interrupted = interrupted_at(position, what)
+        assert not state._blocks, position
+        active = lpln.status().precision is not None
+        assert lpln.status().installed is active, position
+        assert output_dtype(layer_norm) is (BF16 if active else FP32), position
+        changed = [key for key, value in what_a_forward_may_see().items() if value != stock[key]]
+        assert set(changed) - {"checkpointing"} == (
+            {"function", "method", "code"} if active else set()
+        ), position
+        assert lock_is_free(), position
+        lpln.disable()
+        assert what_a_forward_may_see() == stock, position
+    assert position > 50

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import textwrap
 import threading
 import time
 
@@ -295,35 +294,6 @@ def test_code_compiled_during_a_switch_follows_from_then_on(what):
     for then in ("enable", "disable", "enable"):
         switch[then]()
         assert output_dtype(compiled) is dtype[then]
-
-
-@needs_dynamo
-def test_dynamo_is_told_once_by_threads_that_activate_first():
-    """Two threads at once in the first activation: Dynamo refuses to be told twice."""
-    code = """
-        import threading, torch, torch._dynamo
-        import lpln_autopatch as lpln
-        from lpln_autopatch import norms, patch, state
-
-        both, errors = threading.Barrier(2, timeout=60), []
-        tell = patch.trace_through
-        patch.trace_through = lambda wrappers: (both.wait(), tell(wrappers))
-
-        def work():
-            try:
-                with lpln.low_precision_layernorm("bf16"):
-                    pass
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=work) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        print(errors)
-    """
-    assert run_forked("-c", textwrap.dedent(code)).stdout == "[]\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork; Linux CI has it")

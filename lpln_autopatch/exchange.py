@@ -1,0 +1,166 @@
+"""How a function of PyTorch runs other code for a while, and stays the same object."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import wrapt
+
+from lpln_autopatch import dynamo
+
+
+class Exchange:
+    """A Python function of PyTorch that runs other code for a while, and stays the same object.
+
+    Whoever holds the function follows, however early it was bound. It can be pickled, and every
+    table that is keyed by it goes on working.
+
+    Args:
+        module: Where its path begins.
+        path: Its name there, dotted.
+        replacement_of: Makes what it runs while it is exchanged from its stock copy.
+
+    Attributes:
+        function: PyTorch's function, once `prepare` has found it.
+    """
+
+    function: Any = None
+
+    def __init__(
+        self,
+        module: types.ModuleType,
+        path: str,
+        replacement_of: Callable[[Callable[..., Any]], Callable[..., Any]],
+    ) -> None:
+        self._where = module, path
+        self._replacement_of = replacement_of
+        # The function runs in its module's globals. The name stays there for good: a thread may be
+        # about to read it.
+        self._name = "_lpln_autopatch_" + path.replace(".", "_")
+        vars(module).setdefault(self._name, None)
+
+    def prepare(self) -> None:
+        """Find the function, if that has not been done.
+
+        Raises:
+            RuntimeError: it is hidden by something that is no Python function, or exchanged by
+                another copy of this package.
+        """
+        if self.function is not None:
+            return
+        function = _torchs_own(*self._where)
+        if self._name in function.__code__.co_names:
+            raise RuntimeError(
+                f"{function.__qualname__} is exchanged by another copy of lpln_autopatch that was "
+                "imported before this one: call its disable()."
+            )
+        # Always the same two: compiled code is guarded on the code of the function, and a code of
+        # its own for every activation would be a graph for every activation.
+        self._stock_code = function.__code__
+        self._our_code = _code_that_calls(self._name, function)
+        stock = types.FunctionType(
+            function.__code__,
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            function.__closure__,
+        )
+        self._replacement = self._replacement_of(stock)
+        self.function = function
+
+    def follow(self, on: bool, recorder: Callable[..., Any] | None = None) -> None:
+        """Have the function run our code, or its own.
+
+        Args:
+            on: Which of the two.
+            recorder: Runs in the place of the replacement, on or off.
+        """
+        if self.function is None:
+            return
+        runs = recorder or self._replacement
+        code = self._our_code if on or recorder else self._stock_code
+        names = self.function.__globals__
+        if self.function.__code__ is code and names[self._name] is runs:
+            return
+        dynamo.note_switch()
+        names[self._name] = runs
+        dynamo.set_rule(self.function, self._name, code is self._our_code)
+        self.function.__code__ = code
+        dynamo.note_switch()
+
+    def is_exchanged(self) -> bool:
+        """Return True while the function runs our code."""
+        return self.function is not None and self.function.__code__ is self._our_code
+
+    def tell_dynamo(self) -> None:
+        """Tell Dynamo again, which may have been imported after the last change."""
+        if self.is_exchanged():
+            dynamo.set_rule(self.function, self._name, True)
+
+    def renew(self) -> None:
+        """Outdate whatever was compiled with either code: put an equal one in its place."""
+        if self.function is None:
+            return
+        exchanged = self.is_exchanged()
+        # Dynamo knows a code object by its address. Kept, so that no other one gets that.
+        _outdated.extend((self._stock_code, self._our_code))
+        self._stock_code, self._our_code = self._stock_code.replace(), self._our_code.replace()
+        self.function.__code__ = self._our_code if exchanged else self._stock_code
+
+
+_outdated: list[types.CodeType] = []
+
+
+def _torchs_own(module: types.ModuleType, path: str) -> Any:
+    """Find the function that PyTorch has at `path` in `module`, whoever has put another one there.
+
+    Raises:
+        RuntimeError: it is not there, and hidden by something that is no Python function.
+    """
+    found = wrapt.resolve_path(module, path)[2]
+    *_, bottom = wrapt.wrapper_chain(found)
+    candidates: list[Any] = [getattr(bottom, "__func__", bottom)]
+    if type(bottom) is types.FunctionType:
+        # A closure hides what it calls. Every function refers to the globals that it runs in.
+        candidates = [bottom, *gc.get_referrers(vars(module))]
+    for candidate in candidates:
+        if is_torchs_own(candidate, module, path):
+            return candidate
+    raise RuntimeError(
+        f"{module.__name__}.{path} is {found!r}, which hides PyTorch's own Python function. "
+        "lpln_autopatch changes that one: put it back, or enable lpln_autopatch first."
+    )
+
+
+def _code_that_calls(name: str, function: types.FunctionType) -> types.CodeType:
+    """Make code with the signature of `function` that passes what it gets to the global `name`.
+
+    Its place is that of PyTorch's code. There inspect, debuggers and TorchScript find PyTorch's
+    source, and Dynamo takes it for PyTorch's.
+    """
+    parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+    bare = [p.replace(default=p.empty, annotation=p.empty) for p in parameters]
+    declared = passed = inspect.Signature(bare)
+    made: dict[str, Any] = {}
+    exec(f"def {function.__name__}{declared}: return {name}{passed}", made)
+    code: types.CodeType = made[function.__name__].__code__
+    original = function.__code__
+    place: dict[str, Any] = {
+        key: getattr(original, key)
+        for key in ("co_filename", "co_firstlineno", "co_qualname")
+        if hasattr(original, key)  # co_qualname: Python 3.11
+    }
+    return code.replace(**place)
+
+
+def is_torchs_own(function: object, module: types.ModuleType, path: str) -> bool:
+    """Return True if `function` is PyTorch's at `path` in `module`, and no other patcher's."""
+    return (
+        type(function) is types.FunctionType
+        and function.__globals__ is vars(module)
+        and function.__qualname__ == path
+    )
