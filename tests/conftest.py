@@ -56,6 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _told(config).update(Counter(places.values()))
 
 
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is no such hook
 def pytest_testnodedown(node: Any) -> None:
     """Take what a worker of pytest-xdist has left out; every one collects the same."""
     _told(node.config).update(node.workeroutput.get("elsewhere", {}))
