@@ -213,6 +213,18 @@ def test_a_mode_around_backward_alone_changes_nothing(takes_all):
         assert torch.equal(g, e)
 
 
+def test_normalized_shape_may_change_before_backward(takes_all):
+    """A list that the caller changes between forward and backward changes no gradient."""
+    call, upstream = arguments(), torch.randn(SHAPE).to(BF16)
+    _, expected = run(call, upstream)
+    shape = list(call[1])
+    y = native.normalise(call[0], shape, *call[2:], BF16)
+    shape.reverse()
+    got = torch.autograd.grad(y, [call[0], *call[2:4]], upstream)
+    for g, e in zip(got, expected, strict=True):
+        assert torch.equal(g, e)
+
+
 def test_wrong_shapes_get_pytorchs_own_error(takes_all):
     """As stock words it."""
     x, _, weight, bias, eps = arguments()

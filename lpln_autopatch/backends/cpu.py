@@ -71,7 +71,7 @@ class _LayerNorm(torch.autograd.Function):
     ) -> Tensor:
         y, mean, rstd = _forward(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.shape = shape
+        ctx.shape = tuple(shape)  # the caller may change a list before backward
         return y
 
     @staticmethod
