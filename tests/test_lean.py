@@ -465,6 +465,18 @@ def test_input_modified_in_place_is_none():
 
 
 @pytest.mark.usefixtures("any_way")
+def test_bias_may_change_before_backward():
+    """A float32 bias that changes between forward and backward changes no gradient, as in stock."""
+    x, (weight, bias) = torch.randn(16, 64, requires_grad=True), parameters()
+    dy = torch.randn(16, 64).to(BF16)
+    _, *expected = run(x, weight, bias, dy)
+    y = lean.normalise(x, (64,), weight, bias, 1e-5, BF16)
+    bias.data.mul_(3)
+    for got, right in zip(torch.autograd.grad(y, [x, weight, bias], dy), expected, strict=True):
+        assert torch.equal(got, right)
+
+
+@pytest.mark.usefixtures("any_way")
 @pytest.mark.parametrize("few", [True, False])
 def test_second_derivatives(few):
     """Double backward, against float64, with weights of 0 among them, whatever is kept."""

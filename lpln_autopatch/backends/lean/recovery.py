@@ -63,7 +63,10 @@ def keep(
     if weight is None or are_few is None:
         return _xhat(x, mean, rstd, y.dtype), None, None, None, None
     scale = weight.flatten().float()
-    shift = torch.zeros_like(scale) if bias is None else bias.flatten().float()
+    if bias is None:
+        shift = torch.zeros_like(scale)
+    else:  # a copy: the caller may change bias before backward
+        shift = bias.flatten().to(dtype=torch.float32, copy=True)
     limits = torch.finfo(y.dtype)
     # Below the smallest normal number rounding is no longer relative to y.
     recoverability = scale.abs() / (shift.abs() + limits.smallest_normal)
