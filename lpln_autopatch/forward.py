@@ -13,6 +13,7 @@ from torch.overrides import has_torch_function_variadic
 
 from lpln_autopatch import exemption
 from lpln_autopatch.backends import Backend, lean, native
+from lpln_autopatch.backends.autograd import DTYPES
 from lpln_autopatch.precision import NoEffectWarning
 from lpln_autopatch.torch_compat import (
     autocast_dtype,
@@ -68,11 +69,10 @@ def decide(lowering: Lowering, norm: str, x: object, weight: Tensor | None) -> t
     dtype = autocast_dtype(x.device.type)
     if dtype is None:
         return "no autocast"
-    # Autocast itself never touches float64.
-    if x.dtype is not torch.float32 and (x.dtype is torch.float64 or not x.is_floating_point()):
+    if x.dtype not in DTYPES and native.is_left_alone(x):
         return str(x.dtype).removeprefix("torch.")
-    if weight is not None and weight.dtype is torch.float64:
-        return "float64 weight"
+    if weight is not None and weight.dtype not in DTYPES and native.is_left_alone(weight):
+        return f"{weight.dtype} weight".removeprefix("torch.")
     if norm not in lowering.norms:
         return "not among the norms"
     reason = exemption.why_stock()

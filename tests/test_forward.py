@@ -11,7 +11,7 @@ from torch import fx
 
 import lpln_autopatch as lpln
 from lpln_autopatch import low_precision_layernorm
-from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch.torch_compat import HAS_RMS_NORM, TORCH_VERSION
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -102,6 +102,57 @@ def test_integer_input_gets_pytorchs_error(layer_norm, lowered):
     with autocast(), pytest.raises(RuntimeError) as ours:
         layer_norm(x)
     assert str(ours.value) == str(stock.value)
+
+
+def norm_calls(x_dtype=FP32, weight_dtype=FP32, bias_dtype=FP32):
+    """Each norm that has a bias, as a function that calls it for tensors of these dtypes."""
+    x, weight, bias = torch.ones(4, 8).to(x_dtype), *torch.ones(2, 8)
+    parameters = weight.to(weight_dtype), bias.to(bias_dtype)
+    return [lambda: F.layer_norm(x, (8,), *parameters), lambda: F.group_norm(x, 2, *parameters)]
+
+
+REFUSED = [
+    getattr(torch, name)
+    for name in ("int64", "bool", "complex64", "float8_e4m3fn", "float8_e5m2")
+    if hasattr(torch, name)  # float8 is in torch >= 2.1
+]
+
+
+@pytest.mark.parametrize("dtype", REFUSED)
+@pytest.mark.parametrize("input_dtype", [FP32, BF16])
+def test_parameters_that_stock_refuses_get_pytorchs_error(input_dtype, dtype):
+    """An integer, complex or float8 weight or bias is as much of an error as in stock."""
+    for call in norm_calls(input_dtype, weight_dtype=dtype):
+        with autocast(), pytest.raises(RuntimeError) as stock:
+            call()
+        with low_precision_layernorm(norms="all"), autocast(), pytest.raises(RuntimeError) as ours:
+            call()
+        assert str(ours.value) == str(stock.value)
+    for call in norm_calls(input_dtype, bias_dtype=dtype):
+        with autocast(), pytest.raises(RuntimeError):
+            call()
+        with (
+            low_precision_layernorm(norms="all"),
+            autocast(),
+            # x is float32 by then, so stock's words may name other dtypes.
+            pytest.raises(RuntimeError, match=r"mixed dtype|expected scalar type"),
+        ):
+            call()
+
+
+@pytest.mark.parametrize("dtype", REFUSED[3:])
+def test_float8_input_gets_pytorchs_error(dtype):
+    """PyTorch's norms take no float8 on CPU, and autocast there does not cast it."""
+    x = torch.ones(4, 8).to(dtype)
+    calls = norm_calls(dtype)
+    if HAS_RMS_NORM:
+        calls.append(lambda: F.rms_norm(x, (8,)))
+    for call in calls:
+        with autocast(), pytest.raises(RuntimeError) as stock:
+            call()
+        with low_precision_layernorm(norms="all"), autocast(), pytest.raises(RuntimeError) as ours:
+            call()
+        assert str(ours.value) == str(stock.value)
 
 
 @pytest.mark.parametrize("input_dtype", [FP32, BF16])

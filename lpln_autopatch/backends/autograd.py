@@ -15,7 +15,7 @@ from lpln_autopatch.backends.protocol import Affine, Shape
 from lpln_autopatch.torch_compat import forward_mode_is_on, never_a_frame_of_its_own
 
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
-DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Recovery = tuple[Tensor, Tensor] | tuple[None, None]
 """How the kernels get xhat from y: their arguments recovery and reserved."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lpln_autopatch.backends import cpu
-from lpln_autopatch.backends.autograd import can_be_saved
+from lpln_autopatch.backends.autograd import DTYPES, can_be_saved
 from lpln_autopatch.backends.protocol import Affine, Shape
 from lpln_autopatch.torch_compat import (
     CUDA_NORMALISES_BFLOAT16,
@@ -92,11 +92,19 @@ def lower(
 
 
 def _cast(parameter: Affine, dtype: torch.dtype) -> Affine:
-    # Autocast does not touch float64 either: such a parameter gets PyTorch's own error.
-    if parameter is None or parameter.dtype is torch.float64:
+    if parameter is None or (parameter.dtype not in DTYPES and is_left_alone(parameter)):
         return parameter
     return parameter.to(dtype=dtype)
 
 
-for _function in (normalise, lower, _cast):
+def is_left_alone(tensor: Tensor) -> bool:
+    """Return True if stock casts no `tensor` of this dtype, none of `DTYPES`, for a norm.
+
+    Such a tensor gets PyTorch's own error, as in stock. Autocast casts no float64, no integer and
+    no complex tensor. For a norm on CPU it casts nothing, and the kernels there refuse float8.
+    """
+    return tensor.is_cpu or tensor.dtype is torch.float64 or not tensor.is_floating_point()
+
+
+for _function in (normalise, lower, _cast, is_left_alone):
     never_a_frame_of_its_own(_function)
