@@ -95,8 +95,8 @@ class low_precision_layernorm(contextlib.ContextDecorator):
         ValueError: precision, backend or norms is not a valid name.
         ImportError: the backend cannot be used here.
         TypeError: it decorates a generator or coroutine function, whose body would run after the
-            block had closed, or a class or a module, which are no functions. Or it is used as a
-            decorator without parentheses.
+            block had closed, or a class, a module, or an object that cannot be called. Or it is
+            used as a decorator without parentheses.
     """
 
     def __init__(
@@ -223,6 +223,8 @@ def _refuse_what_a_block_cannot_decorate(decorated: object) -> None:
             f"a module, {type(decorated).__qualname__}. Use a `with` block around its calls, or "
             "apply_low_precision_layernorm(module)."
         )
+    elif not callable(decorated):
+        what = f"{decorated!r}, which cannot be called. Decorate a function, or use a `with` block."
     else:
         return
     raise TypeError(f"low_precision_layernorm decorates {what}")

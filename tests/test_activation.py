@@ -173,6 +173,13 @@ def test_block_refuses_to_decorate_a_class_or_a_module(layer_norm):
         low_precision_layernorm("bf16")(layer_norm)
 
 
+@pytest.mark.parametrize("decorated", [3, None, "bf16", classmethod(print)])
+def test_block_refuses_to_decorate_what_cannot_be_called(decorated):
+    """It is a TypeError at once, and not when the decorated thing is called."""
+    with pytest.raises(TypeError, match=r"cannot be called.*with"):
+        low_precision_layernorm("bf16")(decorated)
+
+
 def test_status_needs_no_metadata_of_wrapt(monkeypatch):
     """A wrapt that was copied beside a program has none: its version is still there."""
     monkeypatch.setattr(importlib_metadata.Distribution, "discover", lambda **context: iter(()))
