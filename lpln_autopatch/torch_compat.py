@@ -45,7 +45,7 @@ else:  # until torch 2.4: one pair of functions for each device type
 
 
 if TORCH_VERSION >= (2, 0):
-    # A context manager in C, in a seventh of the time of `torch.autocast(enabled=False)`, which
+    # A context manager in C, in a sixth of the time of `torch.autocast(enabled=False)`, which
     # reads and restores five settings. The graphs that AOTAutograd compiles enter it too.
     autocast_disabled: Callable[[], AbstractContextManager[Any]] = torch._C._DisableAutocast
 else:  # until torch 2.0: it is no context manager there
