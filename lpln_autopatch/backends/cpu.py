@@ -2,8 +2,8 @@
 
 That kernel reads x in its own dtype, computes in float32 and rounds once, and x itself is what is
 kept for backward. But its own backward sums the gradients of weight and bias in x's dtype, 7 % off
-at 4096 rows of bfloat16 and 26 % at 65536 (torch 2.13 and 2.15). So here backward sums them up in
-float32, over copies of a block of rows at a time.
+at 4096 rows of bfloat16 and 26 % at 65536 (torch 2.13 and 2.15, one thread). So here backward sums
+them up in float32, over copies of a block of rows at a time.
 """
 
 from __future__ import annotations
