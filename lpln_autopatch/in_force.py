@@ -1,4 +1,4 @@
-"""What is in force now, and where it came from."""
+"""What is active now, and where it came from."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """What is in force, and where it came from. Prints as a table.
+    """What is active, and where it came from. Prints as a table.
 
     Attributes:
-        precision: The precision in force, or None.
+        precision: The active precision, or None.
         backend: What normalises, or None.
         norms: The names of the norms that are lowered, or None.
         source: "environment", "enable" or "block", or None.
-        installed: Whether our wrappers are on, active or inert.
-        environment: LPLN_PRECISION as it is set now, or None. With a precision here and none in
-            force, no route has read it: see docs/activation.md.
+        installed: Whether PyTorch's functions run our code.
+        environment: LPLN_PRECISION as it is set now, or None. With a precision here and none
+            active, no route has read it: see docs/activation.md.
         versions: Of lpln_autopatch, torch, wrapt and python.
     """
 
@@ -43,7 +43,7 @@ class Status:
 
 
 def status() -> Status:
-    """What is in force now, where it came from, and whether the wrapper is installed.
+    """Return what is active now, and where it came from.
 
     Returns:
         A snapshot, which prints as a table.

@@ -142,21 +142,18 @@ class _Recorder:
         """Record what happens inside."""
         recorders = {n: functools.partial(self._call, n, f) for n, f in FUNCTIONS.items()}
         # Another patcher's function may not call PyTorch's.
-        above: dict[str, Any] = {}
-        for norm in FUNCTIONS:
-            function = getattr(F, norm)
-            if not is_torchs_own(function, F, norm):
-                recorder = functools.partial(self._call, norm, function)
-                above[norm] = functools.update_wrapper(recorder, function)
+        foreign = {n: f for n in FUNCTIONS if not is_torchs_own(f := getattr(F, n), F, n)}
+        above = {n: functools.partial(self._call, n, f) for n, f in foreign.items()}
         try:
             with recording(recorders), every_module_hooked(self._enter, self._leave):
-                vars(F).update(above)
+                for norm, recorder in above.items():
+                    setattr(F, norm, functools.update_wrapper(recorder, foreign[norm]))
                 yield
         finally:
             self._thread = None  # what another patcher has wrapped since cannot be taken off
             for norm, recorder in above.items():
                 if getattr(F, norm) is recorder:
-                    setattr(F, norm, recorder.args[1])
+                    setattr(F, norm, foreign[norm])
 
     def _call(self, norm: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         # What a backend calls is a part of a call of ours.

@@ -88,9 +88,9 @@ PRIVATE_NAMES = {
         Name("torch._dynamo.reset_code_caches", since=(2, 4), until=(2, 5)),
     ],
     "None: torch.compiler.disable also keeps a function out of the graph of its caller.": [
-        Name("torch._C._dynamo.eval_frame.skip_code", since=(2, 0), until=(2, 6)),
-        Name("torch._C._dynamo.eval_frame.set_code_exec_strategy", since=(2, 6)),
-        Name("torch._C._dynamo.eval_frame._FrameExecStrategy", since=(2, 6)),
-        Name("torch._C._dynamo.eval_frame._FrameAction", since=(2, 6)),
+        Name("torch._C._dynamo.eval_frame.skip_code", since=(2, 0), until=(2, 7)),
+        Name("torch._C._dynamo.eval_frame.set_code_exec_strategy", since=(2, 7)),
+        Name("torch._C._dynamo.eval_frame._FrameExecStrategy", since=(2, 7)),
+        Name("torch._C._dynamo.eval_frame._FrameAction", since=(2, 7)),
     ],
 }

@@ -1,4 +1,4 @@
-"""One call of LayerNorm, and of `F.layer_norm` by itself: what a call costs, and its error.
+"""One call of LayerNorm: what a call costs, and its error; and what a block around it costs.
 
 Wall time on one thread, from the start of a turn to the end of all that it launched.
 """
@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lpln_autopatch import low_precision_layernorm
@@ -35,16 +34,12 @@ STOCK = Contender("stock", contenders.StockLayerNorm)
 RECIPE = Contender("Composer's recipe", ComposerRecipe)
 
 
-def groups(device: torch.device) -> tuple[list[Contender], list[Contender]]:
-    """The contenders that run the module, and those that call the function; stock is the first."""
+def contenders_on(device: torch.device) -> list[Contender]:
+    """Return the contenders; stock is the first."""
     # On CPU fused hands every call to native, and lean is not for it.
     ours = ("native",) if device.type == "cpu" else ("native", "fused", "lean")
     lowered = [Contender(f"lowered ({name})", backend=name) for name in ours]
-    functions = [("stock", contenders.stock_layer_norm), ("inert", F.layer_norm)]
-    return (
-        [STOCK, Contender("inert"), *lowered, RECIPE],
-        [Contender(f"{name} F.layer_norm", function=each) for name, each in functions],
-    )
+    return [STOCK, Contender("inert"), *lowered, RECIPE]
 
 
 def run(options: Namespace, progress: Progress) -> list[Row]:
@@ -58,10 +53,10 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
         for shape in shapes
     ]
     rounds = options.rounds or (2 if options.quick else 60)
-    progress.expect(len(cases), 2 * len(PASSES) * len(cases) * rounds)
+    progress.expect(len(cases) + 1, (len(PASSES) * len(cases) + 1) * rounds)
     timing.keep_freed_memory()
     with low_precision_layernorm():
-        pass  # the wrappers stay, inert
+        pass  # "inert" comes after a block
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -69,19 +64,41 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
     for shape, x, dtype in cases:
         progress.case("x".join(map(str, shape)), short(x), short(dtype))
         layer = Layer(shape, x, dtype, options.device)
-        checked = [(group[0], *layer.check(group)) for group in groups(options.device)]
-        for backward, (stock, passed, reasons) in itertools.product(PASSES, checked):
+        passed, reasons = layer.check(contenders_on(options.device))
+        for backward in PASSES:
             case = {"pass": PASSES[backward], **layer.case}
             rows += [Row(case, c.name, reason=reason) for c, reason in reasons.items()]
             entries = {c: layer.entry(c, backward) for c in passed}
             timing.interleave(list(entries.values()), options.device, rounds, progress)
-            others = [other for other in (stock, RECIPE) if other in entries]
+            others = [other for other in (STOCK, RECIPE) if other in entries]
             for contender, entry in entries.items():
                 ratios = {f"/ {o.name}": entry.over(entries[o]) for o in others if o != contender}
                 checks = {n: f for n, f in passed[contender].items() if backward or " d" not in n}
                 rows.append(Row(case, contender.name, {**ratios, **checks}))
+    rows.append(_block_row(options.device, rounds, progress))
     torch.set_num_threads(threads)
     return rows
+
+
+def _block_row(device: torch.device, rounds: int, progress: Progress) -> Row:
+    """Time entering and leaving a block, with nothing else open, against `torch.autocast`."""
+    progress.case("block")
+
+    def enter_and_leave(block: AbstractContextManager[object]) -> None:
+        with block:
+            pass
+
+    blocks: dict[str, AbstractContextManager[object]] = {
+        "torch.autocast": torch.autocast(device.type, dtype=torch.bfloat16),
+        "a block": low_precision_layernorm(),
+    }
+    autocast, ours = (
+        Entry(name, contextlib.nullcontext, functools.partial(enter_and_leave, block))
+        for name, block in blocks.items()
+    )
+    timing.interleave([autocast, ours], device, rounds, progress)
+    case = {"pass": "enter and leave"}
+    return Row(case, ours.name, {f"/ {autocast.name}": ours.over(autocast)})
 
 
 class Layer:
@@ -132,7 +149,7 @@ class Layer:
         limits = {n: four if n in ("y", "dx") else max(four, e) for n, e in limits.items()}
 
         def figures(contender: Contender) -> dict[str, Figure]:
-            dtype, errors = self.errors(contender, self._run(contender))
+            dtype, errors = self.errors(contender, self.module)
             gives = contender.gives([dtype], self.autocast)
             contenders.require(errors, limits)
             return {"gives": gives, **{f"error {n}": error for n, error in errors.items()}}
@@ -142,7 +159,7 @@ class Layer:
     def entry(self, contender: Contender, backward: bool) -> Entry:
         """A contender that has passed `check`, and the call that is timed."""
         context = functools.partial(self._context, contender)
-        run, x, parameters = self._run(contender), self.x, list(self.module.parameters())
+        run, x, parameters = self.module, self.x, list(self.module.parameters())
         with context():
             upstream = self.upstream.to(run(x).dtype)
 
@@ -157,13 +174,6 @@ class Layer:
         autocast = torch.autocast(self.device.type, dtype=self.autocast)
         with autocast, contender.applied(self.module):
             yield
-
-    def _run(self, contender: Contender) -> Callable[[Tensor], Tensor]:
-        m, function = self.module, contender.function
-        if function is None:
-            return m
-        shape, weight, bias, eps = m.normalized_shape, m.weight, m.bias, m.eps
-        return lambda x: function(x, shape, weight, bias, eps)
 
 
 def _results(
