@@ -234,11 +234,9 @@ def drop_compiled_code_that_cannot_follow() -> None:
 
 # Of `torch.utils.checkpoint`: the lowest points that every route to a recomputation passes,
 # and which positional argument of each is the function that will run again in backward.
-CHECKPOINT_ENTRIES = {"CheckpointFunction.forward": 1}
-if TORCH_VERSION >= (2, 1):
-    CHECKPOINT_ENTRIES["_CheckpointFrame.__init__"] = 1
-else:  # until torch 2.1: non-reentrant checkpointing keeps no frame
-    CHECKPOINT_ENTRIES["_checkpoint_without_reentrant"] = 0
+CHECKPOINT_ENTRIES = {"CheckpointFunction.forward": 1, "_CheckpointFrame.__init__": 1}
+if TORCH_VERSION < (2, 1):  # until torch 2.1: non-reentrant checkpointing keeps no frame
+    CHECKPOINT_ENTRIES = {"CheckpointFunction.forward": 1, "_checkpoint_without_reentrant": 0}
 
 # What runs first in a recomputation, and the attribute of its `self` that holds the function.
 CHECKPOINT_RECOMPUTATIONS = {"CheckpointFunction.backward": "run_function"}
