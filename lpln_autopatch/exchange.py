@@ -26,9 +26,13 @@ class Exchange:
 
     Attributes:
         function: PyTorch's function, once `prepare` has found it.
+        replacement: What `replacement_of` has made.
+        runs: What the function runs in the place of its own code, or None.
     """
 
     function: Any = None
+    replacement: Callable[..., Any] | None = None
+    runs: Callable[..., Any] | None = None
 
     def __init__(
         self,
@@ -69,47 +73,33 @@ class Exchange:
             function.__defaults__,
             function.__closure__,
         )
-        self._replacement = self._replacement_of(stock)
+        self.replacement = self._replacement_of(stock)
         self.function = function
 
-    def follow(self, on: bool, recorder: Callable[..., Any] | None = None) -> None:
-        """Have the function run our code, or its own.
-
-        Args:
-            on: Which of the two.
-            recorder: Runs in the place of the replacement, on or off.
-        """
-        if self.function is None:
-            return
-        runs = recorder or self._replacement
-        code = self._our_code if on or recorder else self._stock_code
-        names = self.function.__globals__
-        if self.function.__code__ is code and names[self._name] is runs:
-            return
+    def run(self, replacement: Callable[..., Any] | None) -> None:
+        """Have the function run `replacement` from now on, or its own code."""
         dynamo.note_switch()
-        names[self._name] = runs
-        dynamo.set_rule(self.function, self._name, code is self._our_code)
+        code = self._stock_code if replacement is None else self._our_code
+        self.function.__globals__[self._name] = replacement or self.replacement
+        dynamo.set_rule(self.function, self._name, replacement is not None)
         self.function.__code__ = code
         dynamo.note_switch()
-
-    def is_exchanged(self) -> bool:
-        """Return True while the function runs our code."""
-        return self.function is not None and self.function.__code__ is self._our_code
+        # Last: whatever an interruption leaves out is done once more.
+        self.runs = replacement
 
     def tell_dynamo(self) -> None:
         """Tell Dynamo again, which may have been imported after the last change."""
-        if self.is_exchanged():
+        if self.runs is not None:
             dynamo.set_rule(self.function, self._name, True)
 
     def renew(self) -> None:
         """Outdate whatever was compiled with either code: put an equal one in its place."""
         if self.function is None:
             return
-        exchanged = self.is_exchanged()
         # Dynamo knows a code object by its address. Kept, so that no other one gets that.
         _outdated.extend((self._stock_code, self._our_code))
         self._stock_code, self._our_code = self._stock_code.replace(), self._our_code.replace()
-        self.function.__code__ = self._our_code if exchanged else self._stock_code
+        self.function.__code__ = self._stock_code if self.runs is None else self._our_code
 
 
 _outdated: list[types.CodeType] = []

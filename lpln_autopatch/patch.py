@@ -135,12 +135,19 @@ class Patches:
             dynamo.note_switch()
             forward.active = lowering
             dynamo.note_switch()
+        layer_norm = "layer_norm" in wanted
         for norm, exchange in self._norms.items():
-            exchange.follow(norm in wanted, recorder[norm] if recorder else None)
-        self._forward.follow("layer_norm" in wanted)
-        for exchange in self._checkpointing:
-            exchange.follow(carries)
-        return changed, self._wrapper.follow("layer_norm" in wanted)
+            runs = exchange.replacement if norm in wanted else None
+            if recorder is not None:
+                runs = recorder[norm]
+            if exchange.runs is not runs:
+                exchange.run(runs)
+        for exchange in (self._forward, *self._checkpointing):
+            on = layer_norm if exchange is self._forward else carries
+            runs = exchange.replacement if on else None
+            if exchange.runs is not runs:
+                exchange.run(runs)
+        return changed, self._wrapper.follow(layer_norm)
 
     def settle(self, stacklevel: int) -> None:
         """After a change, under no lock: have compiled code follow, or warn."""
@@ -149,7 +156,7 @@ class Patches:
 
     def exchanged(self) -> set[str]:
         """Return the norms whose functions run our code."""
-        return {norm for norm, exchange in self._norms.items() if exchange.is_exchanged()}
+        return {norm for norm, exchange in self._norms.items() if exchange.runs is not None}
 
     def tell_dynamo(self) -> None:
         """Tell Dynamo again what is exchanged."""

@@ -58,13 +58,13 @@ class Precision(str, enum.Enum):
     def _missing_(cls, value: object) -> Precision | None:
         # Composer's members are recognised by their value: importing Composer to ask is too dear.
         name = str(value.value if isinstance(value, enum.Enum) else value).strip().lower()
-        return _MEMBERS.get(_ALIASES.get(name, name))
+        return _MEMBERS.get(name)
 
     @classmethod
     def parse(cls, value: object, source: str) -> Precision:
         """`Precision(value)`, whose ValueError names `source`, an argument or a variable."""
         try:
-            return cls(value)
+            return (isinstance(value, str) and _MEMBERS.get(value)) or cls(value)
         except ValueError:
             valid = [*(str(member) for member in cls), *_ALIASES]
             if source == "LPLN_PRECISION":  # autoload.py takes it, for the same as unset
@@ -83,6 +83,7 @@ class Precision(str, enum.Enum):
 
 
 _MEMBERS = {member.value: member for member in Precision}
+_MEMBERS |= {alias: _MEMBERS[name] for alias, name in _ALIASES.items()}
 _ENGAGES = {
     Precision.AMP: ("torch.float16", "torch.bfloat16"),
     Precision.AMP_FP16: ("torch.float16",),

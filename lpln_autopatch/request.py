@@ -54,7 +54,7 @@ class Request:
         parsed = Precision.parse(precision, argument)
         named = parse_norms(norms)
         name, normalise = backends.resolve(backend, parsed)
-        return cls(parsed, name, named, source, _lowering(parsed, named, normalise))  # type: ignore[arg-type]
+        return _made(parsed, name, named, source, normalise)  # type: ignore[arg-type]
 
     @classmethod
     def again(cls, precision: str, backend: str) -> Request:
@@ -81,19 +81,21 @@ class Request:
 
 
 @functools.lru_cache(maxsize=32)  # a block may be made for every step
-def _lowering(precision: Precision, norms: tuple[str, ...], normalise: Backend) -> Lowering:
+def _made(
+    precision: Precision, backend: str, norms: tuple[str, ...], source: str, normalise: Backend
+) -> Request:
     import torch
 
     from lpln_autopatch.forward import Lowering
 
     dtypes = [d for d in (torch.float16, torch.bfloat16) if precision.engages(d)]
-    return Lowering(str(precision), tuple(dtypes * 2)[:2], ",".join(norms), normalise)
+    lowering = Lowering(str(precision), tuple(dtypes * 2)[:2], ",".join(norms), normalise)
+    return Request(precision, backend, norms, source, lowering)
 
 
 def parse_norms(value: object) -> tuple[str, ...]:
     """Return the norms that the argument `norms` of `enable` names, in the order of `NAMES`."""
     from lpln_autopatch.norms import NAMES
-    from lpln_autopatch.torch_compat import HAS_RMS_NORM
 
     source = "norms"
     if value is None:
@@ -108,6 +110,6 @@ def parse_norms(value: object) -> tuple[str, ...]:
     wrong = [name for name in names if name not in (*NAMES, "all")]
     if wrong or not names:
         what = f"{wrong[0]!r} is not a norm" if wrong else "no norm is named"
-        hint = "" if HAS_RMS_NORM else " (rms_norm: from torch 2.4 on)"
+        hint = "" if "rms_norm" in NAMES else " (rms_norm: from torch 2.4 on)"
         raise ValueError(f"{source}={value!r}: {what}. Valid: {', '.join(NAMES)}, all{hint}.")
     return tuple(name for name in NAMES if name in names or "all" in names)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -197,7 +198,7 @@ def _change(record: Callable[[], Any], request: Request | None = None, warn: boo
         except BaseException:
             _follow(patches)
             raise
-    if changed:
+    if changed and "torch._dynamo" in sys.modules:
         patches.settle(stacklevel=4)
     # Last of all, for those who make errors of warnings.
     if changed and warn and message is not None:
