@@ -6,6 +6,7 @@ import json
 import textwrap
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import wrapt
 from support import NO_CPP, autocast, needs_dynamo, output_dtype, run_python
 
 import lpln_autopatch as lpln
-from lpln_autopatch import NoEffectWarning, forward, low_precision_layernorm
+from lpln_autopatch import NoEffectWarning, dynamo, forward, low_precision_layernorm
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
 pytestmark = needs_dynamo
@@ -524,3 +525,130 @@ def test_a_block_of_another_thread_within_a_compilation_leaves_no_trace():
     assert output_dtype(compiled) is FP32
     lpln.enable()
     assert output_dtype(compiled) is BF16
+
+
+guards_on_code = pytest.mark.skipif(
+    TORCH_VERSION < (2, 12), reason="docs/pitfalls.md says so; CI runs this on later ones"
+)
+
+
+class HoldsTheFunction(torch.nn.Module):
+    """PyTorch's function itself is an attribute, as quantisers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.op = torch.nn.functional.layer_norm
+
+    def forward(self, x):
+        return self.op(x.sin(), (8,)) * 2
+
+
+@guards_on_code
+def test_code_compiled_before_the_first_activation_follows():
+    """In a process that has never activated, a function that a module holds: on, off, on."""
+    code = """
+        import sys, torch, lpln_autopatch as lpln
+        sys.path.insert(0, sys.argv[1])
+        from test_compile import HoldsTheFunction
+
+        compiled = torch.compile(HoldsTheFunction(), backend="aot_eager", fullgraph=True)
+        def dtype():
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return str(compiled(torch.randn(4, 8)).dtype)[6:]
+
+        seen = [dtype()]
+        for _ in range(2):
+            lpln.enable("bf16")
+            seen.append(dtype())
+            lpln.disable()
+            seen.append(dtype())
+        print(*seen)
+    """
+    result = run_python("-c", textwrap.dedent(code), str(Path(__file__).parent))
+    assert result.stdout.split() == ["float32", "bfloat16", "float32", "bfloat16", "float32"]
+
+
+def test_code_that_cannot_follow_the_first_activation_is_warned_of(model, monkeypatch):
+    """Before torch 2.12, once, and only where something has been compiled."""
+    output_dtype(torch.compile(model, backend="eager"))
+    with low_precision_layernorm():
+        pass
+    monkeypatch.setattr(dynamo, "GRAPHS_GUARD_ON_CODE", False)
+    monkeypatch.setattr(dynamo, "_stock_rules", {})
+    with pytest.warns(RuntimeWarning, match=r"torch\.compiler\.reset\(\)"):
+        lpln.enable()
+    lpln.disable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lpln.enable()
+    monkeypatch.undo()
+    lpln.disable()
+    with low_precision_layernorm():
+        pass  # Dynamo has its own rule back
+
+
+@guards_on_code
+@pytest.mark.parametrize("before", ["nothing", "a block", "enable and disable"])
+@pytest.mark.parametrize("how", ["compile", "export"])
+def test_graphs_made_while_nothing_is_active_name_the_function(before, how):
+    """As stock's do, also after an activation that was traced: partitioners find the function."""
+    from torch.fx.passes.utils.source_matcher_utils import get_source_partitions
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.layer_norm(x.sin(), (8,)) * 2
+
+    model, graphs = Model(), []
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    if before == "a block":
+        with low_precision_layernorm():
+            assert output_dtype(compiled) is BF16
+    if before == "enable and disable":
+        lpln.enable()
+        assert output_dtype(compiled) is BF16
+        lpln.disable()
+    if how == "compile":
+        assert output_dtype(compiled) is FP32
+        graph = graphs[-1].graph
+    else:
+        graph = torch.export.export(model, (torch.randn(4, 8),), strict=True).graph
+    assert len(get_source_partitions(graph, [torch.nn.functional.layer_norm])) == 1
+
+
+PRECOMPILED = """
+import json, sys, torch, torch.nn.functional as F, lpln_autopatch
+def double(x):
+    return F.layer_norm(x, (16,)) * 2
+compiled = torch.compile(double, options=json.loads(sys.argv[1]))
+def dtype():
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        return str(compiled(torch.randn(4, 16)).dtype)[6:]
+seen = [dtype()]
+torch.compiler.save_cache_artifacts()
+if sys.argv[2] == "switch":
+    lpln_autopatch.enable()
+    seen.append(dtype())
+lpln_autopatch.disable()
+print(*seen, dtype())
+"""
+
+
+@pytest.mark.skipif(TORCH_VERSION < (2, 15), reason="torch loads its own before that no more")
+def test_precompiled_code_is_shared_by_no_lowered_process(tmp_path):
+    """TORCH_CACHING_PRECOMPILE keeps no guard: stock and lowered processes, one cache, a switch."""
+    script = tmp_path / "precompiled.py"
+    script.write_text(PRECOMPILED)
+    folder = {
+        "TORCH_CACHING_PRECOMPILE": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    seen = [
+        run_python(str(script), json.dumps(NO_CPP), how, **variables, **folder).stdout.split()
+        for how, variables in (
+            ("", {}),
+            ("", {"LPLN_PRECISION": "amp"}),
+            ("switch", {}),
+        )
+    ]
+    low, full = "bfloat16", "float32"
+    assert seen == [[full, full], [low, full], [full, low, full]]
