@@ -144,7 +144,7 @@ class low_precision_layernorm(contextlib.ContextDecorator):
             raise
 
     def _leave(self, entry: tuple[object, state.Block]) -> None:
-        if entry in self._entered:
+        with contextlib.suppress(ValueError):  # an interruption may have come behind it
             self._entered.remove(entry)
         entry[1].close()
 

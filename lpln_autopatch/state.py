@@ -71,11 +71,10 @@ def _record_base(request: Request | None) -> None:
 
 
 class Block:
-    """What makes `request` active, between `open` and `close`, or until another one is opened.
+    """A request that is active between `open` and `close`, or until another block is opened.
 
-    An interruption leaves it open or closed, as its caller learns from the exception: an `open`
-    that raises has closed it again, a `close` that raises has closed it. One that nobody holds any
-    more is closed, too.
+    An interruption leaves no block open: if `open` or `close` raises, the block is closed. So is a
+    block that nobody holds any more.
 
     Args:
         request: None for nothing, whatever else is active.
@@ -109,7 +108,7 @@ class Block:
         _change(functools.partial(_blocks.pop, self._key, None), warn=self._is_asked_for)
 
     def __del__(self) -> None:
-        if self._key in _blocks:
+        if not sys.is_finalizing() and self._key in _blocks:
             self.close()
 
     def __enter__(self) -> None:
@@ -120,7 +119,7 @@ class Block:
 
 
 def _capture() -> Callable[[], Block]:
-    """Return what makes a block, for a recomputation, of what is active in this thread now."""
+    """Return a maker of blocks for recomputations: of the request that is active in this thread."""
     from lpln_autopatch import exemption
 
     request = None if exemption.is_exempt_now() else current()
@@ -129,7 +128,7 @@ def _capture() -> Callable[[], Block]:
 
 @contextlib.contextmanager
 def recording(recorder: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Have each norm's calls go through what `recorder` has for it, whatever is active."""
+    """Run `recorder[norm]` in the place of each norm, whatever is active."""
     from lpln_autopatch.norms import NAMES
 
     def record(new: Mapping[str, Callable[..., Any]] | None) -> None:
