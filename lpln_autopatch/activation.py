@@ -134,14 +134,21 @@ class low_precision_layernorm(contextlib.ContextDecorator):
             raise
 
     def __exit__(self, *exc_info: object) -> None:
-        # The last of this thread's or task's; if another one entered, the last of all.
-        who = _who()
-        entry = next((e for e in reversed(self._entered) if e[0] == who), self._entered[-1])
+        entry = None
         try:
+            entry = self._last_entry()
             self._leave(entry)
         except BaseException:
-            self._leave(entry)
+            self._leave(entry or self._last_entry())
             raise
+
+    def _last_entry(self) -> tuple[object, state.Block]:
+        """Return the last of this thread's or task's; if another one entered, the last of all."""
+        who = _who()
+        for entry in reversed(self._entered):
+            if entry[0] == who:
+                return entry
+        return self._entered[-1]
 
     def _leave(self, entry: tuple[object, state.Block]) -> None:
         with contextlib.suppress(ValueError):  # an interruption may have come behind it

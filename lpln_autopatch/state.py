@@ -73,15 +73,12 @@ def _record_base(request: Request | None) -> None:
 class Block:
     """A request that is active between `open` and `close`, or until another block is opened.
 
-    An interruption leaves no block open: if `open` or `close` raises, the block is closed. So is a
-    block that nobody holds any more.
+    An interruption leaves no block open: if `open` or `close` raises, the block is closed.
 
     Args:
         request: None for nothing, whatever else is active.
         asked: Whether it is somebody's request, and no recomputation's.
     """
-
-    _key: object = None  # `__init__` may be interrupted
 
     def __init__(self, request: Request | None, asked: bool = True) -> None:
         self._request = request
@@ -106,10 +103,6 @@ class Block:
     def close(self) -> None:
         """Close it, in whatever order. Does nothing if it is closed."""
         _change(functools.partial(_blocks.pop, self._key, None), warn=self._is_asked_for)
-
-    def __del__(self) -> None:
-        if not sys.is_finalizing() and self._key in _blocks:
-            self.close()
 
     def __enter__(self) -> None:
         self.open()
