@@ -57,7 +57,7 @@ def enable(
 
 
 class Enabled:
-    """What `enable` returns: a context manager that gives back at its end what was before."""
+    """A context manager that gives back the base before `enable` at its end."""
 
     def __init__(self, before: Request | None) -> None:
         self._before = before
@@ -83,7 +83,7 @@ def disable() -> None:
 class low_precision_layernorm(contextlib.ContextDecorator):
     """Lower every LayerNorm call of the process inside a `with` block or a decorated function.
 
-    Blocks nest, and the innermost one still open is in force, in all threads; an inner
+    Blocks nest, and the innermost one still open is active, in all threads; an inner
     `low_precision_layernorm("fp32")` switches lowering off. May be entered more than once.
 
     Args:
@@ -138,7 +138,7 @@ class low_precision_layernorm(contextlib.ContextDecorator):
         try:
             entry = self._last_entry()
             self._leave(entry)
-        except BaseException:
+        except KeyboardInterrupt:
             self._leave(entry or self._last_entry())
             raise
 

@@ -1,4 +1,4 @@
-"""How a function of PyTorch runs other code for a while, and stays the same object."""
+"""Exchange the code of PyTorch's functions, and keep the function objects."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lpln_autopatch import dynamo
 class Exchange:
     """A Python function of PyTorch that runs other code for a while, and stays the same object.
 
-    Whoever holds the function follows, however early it was bound. It can be pickled, and every
-    table that is keyed by it goes on working.
+    Whoever holds the function follows, however early it was bound. It can be pickled, and tables
+    that are keyed by it go on working.
 
     Args:
         module: Where its path begins.
@@ -78,13 +78,11 @@ class Exchange:
 
     def run(self, replacement: Callable[..., Any] | None) -> None:
         """Have the function run `replacement` from now on, or its own code."""
-        dynamo.note_switch()
+        self.runs = _unfinished  # an interruption must not leave what looks like the last state
         code = self._stock_code if replacement is None else self._our_code
         self.function.__globals__[self._name] = replacement or self.replacement
         dynamo.set_rule(self.function, self._name, replacement is not None)
         self.function.__code__ = code
-        dynamo.note_switch()
-        # Last: whatever an interruption leaves out is done once more.
         self.runs = replacement
 
     def tell_dynamo(self) -> None:
@@ -93,7 +91,7 @@ class Exchange:
             dynamo.set_rule(self.function, self._name, True)
 
     def renew(self) -> None:
-        """Outdate whatever was compiled with either code: put an equal one in its place."""
+        """Outdate compiled code: replace both code objects by equal ones."""
         if self.function is None:
             return
         # Dynamo knows a code object by its address. Kept, so that no other one gets that.
@@ -103,10 +101,11 @@ class Exchange:
 
 
 _outdated: list[types.CodeType] = []
+_unfinished: Any = object()
 
 
 def _torchs_own(module: types.ModuleType, path: str) -> Any:
-    """Find the function that PyTorch has at `path` in `module`, whoever has put another one there.
+    """Find PyTorch's own function at `path` in `module`, beneath any foreign one.
 
     Raises:
         RuntimeError: it is not there, and hidden by something that is no Python function.
@@ -114,9 +113,9 @@ def _torchs_own(module: types.ModuleType, path: str) -> Any:
     found = wrapt.resolve_path(module, path)[2]
     *_, bottom = wrapt.wrapper_chain(found)
     candidates: list[Any] = [getattr(bottom, "__func__", bottom)]
-    if type(bottom) is types.FunctionType:
+    if not inspect.isbuiltin(bottom):
         # A closure hides what it calls. Every function refers to the globals that it runs in.
-        candidates = [bottom, *gc.get_referrers(vars(module))]
+        candidates += gc.get_referrers(vars(module))
     for candidate in candidates:
         if is_torchs_own(candidate, module, path):
             return candidate

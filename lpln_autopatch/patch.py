@@ -1,10 +1,10 @@
-"""What the package changes in PyTorch, and gives back. All patching is here and in exchange.py."""
+"""Apply and undo every change to PyTorch, with exchange.py."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -80,7 +80,7 @@ def _is_torchs_forward(function: object) -> bool:
 
 
 class Patches:
-    """Everything that the package changes in PyTorch.
+    """The exchanged functions of PyTorch, and the wrapper on LayerNorm.forward.
 
     Args:
         carried: For each function of checkpointing, by its path, what makes its replacement from
@@ -131,23 +131,32 @@ class Patches:
         if request is not None and request.precision.ever_engages:
             lowering, wanted = request.lowering, request.norms
         changed = lowering != forward.active
-        if changed:
+        next_ones = self._next(wanted, carries, recorder)
+        changes = [(exchange, runs) for exchange, runs in next_ones if exchange.runs is not runs]
+        if changed or changes:
             dynamo.note_switch()
-            forward.active = lowering
+            if changed:
+                forward.active = lowering
+            for exchange, runs in changes:
+                exchange.run(runs)
             dynamo.note_switch()
-        layer_norm = "layer_norm" in wanted
+        return changed, self._wrapper.follow("layer_norm" in wanted)
+
+    def _next(
+        self,
+        wanted: Collection[str],
+        carries: bool,
+        recorder: Mapping[str, Callable[..., Any]] | None,
+    ) -> Iterator[tuple[Exchange, Callable[..., Any] | None]]:
+        """Yield each exchange with what its function should run, or None for its own code."""
         for norm, exchange in self._norms.items():
-            runs = exchange.replacement if norm in wanted else None
-            if recorder is not None:
-                runs = recorder[norm]
-            if exchange.runs is not runs:
-                exchange.run(runs)
-        for exchange in (self._forward, *self._checkpointing):
-            on = layer_norm if exchange is self._forward else carries
-            runs = exchange.replacement if on else None
-            if exchange.runs is not runs:
-                exchange.run(runs)
-        return changed, self._wrapper.follow(layer_norm)
+            if recorder is not None and exchange.function is not None:
+                yield exchange, recorder[norm]
+            else:
+                yield exchange, exchange.replacement if norm in wanted else None
+        for exchange in self._checkpointing:
+            yield exchange, exchange.replacement if carries else None
+        yield self._forward, self._forward.replacement if "layer_norm" in wanted else None
 
     def settle(self, stacklevel: int) -> None:
         """After a change, under no lock: have compiled code follow, or warn."""

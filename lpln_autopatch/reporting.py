@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpln_autopatch import exemption, forward
+from lpln_autopatch import exemption, forward, state
 from lpln_autopatch.exchange import is_torchs_own
 from lpln_autopatch.norms import FUNCTIONS
-from lpln_autopatch.state import recording
 from lpln_autopatch.surgery import check_is_module, is_under_surgery, runs_torchs_forward
 from lpln_autopatch.torch_compat import (
     autocast_dtype,
@@ -140,12 +139,13 @@ class _Recorder:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Record what happens inside."""
-        recorders = {n: functools.partial(self._call, n, f) for n, f in FUNCTIONS.items()}
+        runs = state.recorder or FUNCTIONS  # a model may report on a part of itself
+        recorders = {n: functools.partial(self._call, n, f) for n, f in runs.items()}
         # Another patcher's function may not call PyTorch's.
         foreign = {n: f for n in FUNCTIONS if not is_torchs_own(f := getattr(F, n), F, n)}
         above = {n: functools.partial(self._call, n, f) for n, f in foreign.items()}
         try:
-            with recording(recorders), every_module_hooked(self._enter, self._leave):
+            with state.recording(recorders), every_module_hooked(self._enter, self._leave):
                 for norm, recorder in above.items():
                     setattr(F, norm, functools.update_wrapper(recorder, foreign[norm]))
                 yield

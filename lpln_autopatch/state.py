@@ -1,4 +1,4 @@
-"""Who asked for what, in which order, and which request is active: the state of the process.
+"""The requests of the process, and which one is active.
 
 torch is imported by what needs it, not by this module, for the reason that request.py gives.
 """
@@ -27,8 +27,8 @@ _blocks: dict[object, Request | None] = {}
 # Whether somebody has asked for anything since the base was last cleared. Until then checkpointing
 # remembers what its forwards ran under, also while nothing is active.
 _asked = False
-# What `report` has every call of a norm go through.
-_recorder: Mapping[str, Callable[..., Any]] | None = None
+recorder: Mapping[str, Callable[..., Any]] | None = None
+"""What runs in the place of each norm while `report` records."""
 _made: Patches | None = None  # What `_patches` gives.
 
 # Nothing is imported, compiled or told to the user while it is held. Reentrant, because the garbage
@@ -36,14 +36,17 @@ _made: Patches | None = None  # What `_patches` gives.
 _lock = threading.RLock()
 
 
-def _renew_lock() -> None:
+def _after_fork() -> None:
     global _lock
     _lock = threading.RLock()
+    if _made is not None:
+        _follow(_made)
 
 
-# A child forked while another thread holds the lock would wait for that thread forever.
+# A child forked while another thread holds the lock would wait for that thread forever, and have
+# half of what that one was changing.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def current() -> Request | None:
@@ -61,8 +64,17 @@ def set_base(request: Request | None) -> Request | None:
     None leaves nothing active but the open blocks, and nothing changed in PyTorch after the last.
     """
     before = _base
-    _change(functools.partial(_record_base, request), request)
+    _surely(functools.partial(_change, functools.partial(_record_base, request), request))
     return before
+
+
+def _surely(change: Callable[[], None]) -> None:
+    """Make a change that an interruption only delays."""
+    try:
+        change()
+    except KeyboardInterrupt:
+        change()
+        raise
 
 
 def _record_base(request: Request | None) -> None:
@@ -101,8 +113,13 @@ class Block:
         _blocks[self._key] = self._request
 
     def close(self) -> None:
-        """Close it, in whatever order. Does nothing if it is closed."""
-        _change(functools.partial(_blocks.pop, self._key, None), warn=self._is_asked_for)
+        """Close the block. Blocks may close in any order, and more than once."""
+        _surely(functools.partial(_change, self._forget, warn=self._is_asked_for))
+
+    def _forget(self) -> None:
+        _blocks.pop(self._key, None)
+        if not _blocks:
+            _blocks.clear()  # a dict keeps the places of what was taken out, and looks through them
 
     def __enter__(self) -> None:
         self.open()
@@ -120,22 +137,24 @@ def _capture() -> Callable[[], Block]:
 
 
 @contextlib.contextmanager
-def recording(recorder: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Run `recorder[norm]` in the place of each norm, whatever is active."""
+def recording(calls: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Run `calls[norm]` in the place of each norm, whatever is active."""
     from lpln_autopatch.norms import NAMES
 
     def record(new: Mapping[str, Callable[..., Any]] | None) -> None:
-        global _recorder
-        _recorder = new
+        global recorder
+        recorder = new
 
-    patches, before = _patches(), _recorder
-    with _lock:
-        patches.prepare(NAMES)
+    patches, before = _patches(), recorder
+    for norm in NAMES:
+        # One that cannot be found is nothing that is lowered.
+        with _lock, contextlib.suppress(RuntimeError):
+            patches.prepare([norm])
     try:
-        _change(functools.partial(record, recorder))
+        _change(functools.partial(record, calls))
         yield
     finally:
-        _change(functools.partial(record, before))
+        _surely(functools.partial(_change, functools.partial(record, before)))
 
 
 def is_installed() -> bool:
@@ -146,7 +165,7 @@ def is_installed() -> bool:
 
 
 def _patches() -> Patches:
-    """Return what this package patches: one object, whichever thread asks first."""
+    """Return the one `Patches` of the process."""
     global _made
     if _made is not None:
         return _made
@@ -156,27 +175,30 @@ def _patches() -> Patches:
     from lpln_autopatch.patch import Patches
 
     stock = functools.partial(Block, None, asked=False)
-    with _lock:
-        _made = _made or Patches(checkpointing.replacements(_capture, stock))
+    made = Patches(checkpointing.replacements(_capture, stock))
     dynamo.connect(_tell_dynamo, _renew)
+    with _lock:
+        _made = _made or made
     return _made
 
 
 def _tell_dynamo() -> None:
-    patches = _patches()
+    if _made is None:
+        return
     with _lock:
-        patches.tell_dynamo()
+        _made.tell_dynamo()
     if is_installed():
-        patches.settle(stacklevel=2)
+        _made.settle(stacklevel=2)
 
 
 def _renew() -> None:
     with _lock:
-        _patches().renew()
+        if _made is not None:
+            _made.renew()
 
 
 def _change(record: Callable[[], Any], request: Request | None = None, warn: bool = True) -> None:
-    """Record a change, and have PyTorch's functions follow, whatever interrupts that.
+    """Record a change and make it active, also if an interruption comes.
 
     What can fail comes before anything is recorded: a refused request changes nothing.
     """
@@ -191,10 +213,10 @@ def _change(record: Callable[[], Any], request: Request | None = None, warn: boo
             _follow(patches)
             raise
     if changed and "torch._dynamo" in sys.modules:
-        patches.settle(stacklevel=4)
+        patches.settle(stacklevel=5)
     # Last of all, for those who make errors of warnings.
     if changed and warn and message is not None:
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 def _follow(patches: Patches) -> tuple[bool, str | None]:
@@ -205,8 +227,8 @@ def _follow(patches: Patches) -> tuple[bool, str | None]:
     """
     changed, message = False, None
     while True:
-        request, carries, recorder = current(), _asked or bool(_blocks), _recorder
-        result = patches.follow(request, carries, recorder)
+        recorded = request, carries, calls = current(), _asked or bool(_blocks), recorder
+        result = patches.follow(request, carries, calls)
         changed, message = changed or result[0], message or result[1]
-        if current() is request and carries is (_asked or bool(_blocks)) and recorder is _recorder:
+        if recorded == (current(), _asked or bool(_blocks), recorder):
             return changed, message
