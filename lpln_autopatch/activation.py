@@ -66,7 +66,11 @@ class Enabled:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        state.set_base(self._before)
+        try:
+            state.set_base(self._before)
+        except KeyboardInterrupt:  # it may have come before anything was recorded
+            state.set_base(self._before)
+            raise
 
 
 def disable() -> None:

@@ -64,17 +64,8 @@ def set_base(request: Request | None) -> Request | None:
     None leaves nothing active but the open blocks, and nothing changed in PyTorch after the last.
     """
     before = _base
-    _surely(functools.partial(_change, functools.partial(_record_base, request), request))
+    _change(functools.partial(_record_base, request), request)
     return before
-
-
-def _surely(change: Callable[[], None]) -> None:
-    """Make a change that an interruption only delays."""
-    try:
-        change()
-    except KeyboardInterrupt:
-        change()
-        raise
 
 
 def _record_base(request: Request | None) -> None:
@@ -114,7 +105,11 @@ class Block:
 
     def close(self) -> None:
         """Close the block. Blocks may close in any order, and more than once."""
-        _surely(functools.partial(_change, self._forget, warn=self._is_asked_for))
+        try:
+            _change(self._forget, warn=self._is_asked_for)
+        except KeyboardInterrupt:  # it may have come before anything was recorded
+            _change(self._forget)
+            raise
 
     def _forget(self) -> None:
         _blocks.pop(self._key, None)
@@ -150,11 +145,16 @@ def recording(calls: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
         # One that cannot be found is nothing that is lowered.
         with _lock, contextlib.suppress(RuntimeError):
             patches.prepare([norm])
+    end = functools.partial(record, before)
     try:
         _change(functools.partial(record, calls))
         yield
     finally:
-        _surely(functools.partial(_change, functools.partial(record, before)))
+        try:
+            _change(end)
+        except KeyboardInterrupt:
+            _change(end)
+            raise
 
 
 def is_installed() -> bool:
@@ -213,10 +213,10 @@ def _change(record: Callable[[], Any], request: Request | None = None, warn: boo
             _follow(patches)
             raise
     if changed and "torch._dynamo" in sys.modules:
-        patches.settle(stacklevel=5)
+        patches.settle(stacklevel=4)
     # Last of all, for those who make errors of warnings.
     if changed and warn and message is not None:
-        warnings.warn(message, RuntimeWarning, stacklevel=5)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def _follow(patches: Patches) -> tuple[bool, str | None]:

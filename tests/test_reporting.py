@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import textwrap
 import threading
 import weakref
 
@@ -511,3 +512,30 @@ def test_report_refuses_what_is_no_module():
         TypeError, match=r"takes a torch\.nn\.Module, not <class 'collections\.OrderedDict'>\.$"
     ):
         report(torch.nn.LayerNorm(8).state_dict())
+
+
+def test_report_inside_a_report_hides_no_call():
+    """A model that reports on a part of itself: both see the part's call."""
+
+    class Reports(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(8)
+
+        def forward(self, x):
+            inner.append(report(self.norm, x))
+            return x
+
+    inner = []
+    outer = report(Reports(), torch.randn(4, 8))
+    assert (outer.calls, inner[0].calls) == (1, 1)
+
+
+def test_report_goes_on_where_a_function_is_no_python_function():
+    """What cannot be exchanged was not asked for: the other norms are reported."""
+    code = """
+        import torch, lpln_autopatch
+        torch.nn.functional.group_norm = torch.group_norm
+        print(lpln_autopatch.report(torch.nn.LayerNorm(8), torch.randn(2, 8)).calls)
+    """
+    assert run_forked("-c", textwrap.dedent(code)).stdout == "1\n"

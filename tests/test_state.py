@@ -129,6 +129,15 @@ def a_block() -> None:
         assert state.current().source == "block"
 
 
+def an_enabled_block() -> None:
+    with lpln.enable("bf16"):
+        assert state.current().source == "enable"
+
+
+def a_report() -> None:
+    assert lpln.report(LayerNorm(8), torch.randn(2, 8)).calls == 1
+
+
 def what_a_forward_may_see() -> dict[str, object]:
     """Everything that an activation changes in PyTorch."""
     return {
@@ -139,7 +148,11 @@ def what_a_forward_may_see() -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("what", [a_block, lpln.enable, lpln.disable], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "what",
+    [a_block, an_enabled_block, a_report, lpln.enable, lpln.disable],
+    ids=lambda function: function.__name__,
+)
 def test_interrupt_anywhere_leaves_nothing_half_done(layer_norm, what):
     """Ctrl-C wherever Python looks for it: no block open, no lock held, nothing half exchanged."""
     stock = what_a_forward_may_see()
@@ -151,6 +164,7 @@ def test_interrupt_anywhere_leaves_nothing_half_done(layer_norm, what):
             lpln.enable()
         interrupted = interrupted_at(position, what)
         assert not state._blocks, position
+        assert state.recorder is None, position
         active = lpln.status().precision is not None
         assert lpln.status().installed is active, position
         assert output_dtype(layer_norm) is (BF16 if active else FP32), position
