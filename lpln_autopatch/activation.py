@@ -155,7 +155,7 @@ class low_precision_layernorm(contextlib.ContextDecorator):
         return self._entered[-1]
 
     def _leave(self, entry: tuple[object, state.Block]) -> None:
-        with contextlib.suppress(ValueError):  # an interruption may have come behind it
+        if entry in self._entered:  # no more, if an interruption has come behind this
             self._entered.remove(entry)
         entry[1].close()
 

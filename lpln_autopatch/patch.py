@@ -54,6 +54,9 @@ class ForwardWrapper:
         for wrapper in ours:
             with contextlib.suppress(wrapt.WrapperNotOutermostError):
                 wrapt.unwrap_object(LayerNorm, "forward", wrapper)
+        if vars(LayerNorm)["forward"] is self._bottom:  # the usual case, in little time
+            self._is_there = False
+            return None
         chain = self._chain()
         # Where neither ours is in sight nor what was beneath it, a closure hides both.
         bottom_is_in_sight = chain[-1] is self._bottom or _is_torchs_forward(chain[-1])

@@ -115,7 +115,7 @@ def test_call_gives_every_ratio(tmp_path):
     assert "pass forward and backward, M 4096, N 1024, input float32" in printed
     *calls, block = contenders(written["call"])
     assert block == ["a block"]
-    assert written["call"][-1]["figures"]["/ torch.autocast"]["median"] < 100
+    assert written["call"][-1]["figures"]["/ torch.autocast"]["median"] > 1
     assert len(calls) == (8 if CPU_TAKES_MIXED_DTYPES else 4)
     for names in calls:
         assert sorted(names) == sorted(["stock", "inert", "lowered (native)", "Composer's recipe"])
