@@ -133,9 +133,9 @@ def _code_that_calls(name: str, function: types.FunctionType) -> types.CodeType:
     """
     parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
     bare = [p.replace(default=p.empty, annotation=p.empty) for p in parameters]
-    declared = passed = inspect.Signature(bare)
+    arguments = inspect.Signature(bare)  # without defaults they are declared as they are passed
     made: dict[str, Any] = {}
-    exec(f"def {function.__name__}{declared}: return {name}{passed}", made)
+    exec(f"def {function.__name__}{arguments}: return {name}{arguments}", made)
     code: types.CodeType = made[function.__name__].__code__
     original = function.__code__
     place: dict[str, Any] = {
