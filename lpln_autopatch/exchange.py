@@ -1,7 +1,8 @@
-"""Exchange the code of PyTorch's functions, and keep the function objects."""
+"""Exchange the code of functions, and keep the function objects."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import types
@@ -14,18 +15,18 @@ from lpln_autopatch import dynamo
 
 
 class Exchange:
-    """A Python function of PyTorch that runs other code for a while, and stays the same object.
+    """A Python function that runs other code for a while, and stays the same object.
 
     Whoever holds the function follows, however early it was bound. It can be pickled, and tables
     that are keyed by it go on working.
 
     Args:
-        module: Where its path begins.
-        path: Its name there, dotted.
+        find: Gives the function.
+        name: A name that is free in the globals of the function.
         replacement_of: Makes what it runs while it is exchanged from its stock copy.
 
     Attributes:
-        function: PyTorch's function, once `prepare` has found it.
+        function: The function, once `prepare` has found it.
         replacement: What `replacement_of` has made.
         runs: What the function runs in the place of its own code, or None.
     """
@@ -36,16 +37,24 @@ class Exchange:
 
     def __init__(
         self,
+        find: Callable[[], Any],
+        name: str,
+        replacement_of: Callable[[Callable[..., Any]], Callable[..., Any]],
+    ) -> None:
+        self._find = find
+        self._name = name
+        self._replacement_of = replacement_of
+
+    @classmethod
+    def of_torch(
+        cls,
         module: types.ModuleType,
         path: str,
         replacement_of: Callable[[Callable[..., Any]], Callable[..., Any]],
-    ) -> None:
-        self._where = module, path
-        self._replacement_of = replacement_of
-        # The function runs in its module's globals. The name stays there for good: a thread may be
-        # about to read it.
-        self._name = "_lpln_autopatch_" + path.replace(".", "_")
-        vars(module).setdefault(self._name, None)
+    ) -> Exchange:
+        """Return the exchange of PyTorch's own function that has this dotted path in `module`."""
+        name = "_lpln_autopatch_" + path.replace(".", "_")
+        return cls(functools.partial(_torchs_own, module, path), name, replacement_of)
 
     def prepare(self) -> None:
         """Find the function, if that has not been done.
@@ -56,7 +65,9 @@ class Exchange:
         """
         if self.function is not None:
             return
-        function = _torchs_own(*self._where)
+        function = self._find()
+        # The name stays there for good: a thread may be about to read it.
+        function.__globals__.setdefault(self._name, None)
         if self._name in function.__code__.co_names:
             raise RuntimeError(
                 f"{function.__qualname__} is exchanged by another copy of lpln_autopatch that was "
@@ -133,17 +144,34 @@ def _code_that_calls(name: str, function: types.FunctionType) -> types.CodeType:
     """
     parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
     bare = [p.replace(default=p.empty, annotation=p.empty) for p in parameters]
-    arguments = inspect.Signature(bare)  # without defaults they are declared as they are passed
-    made: dict[str, Any] = {}
-    exec(f"def {function.__name__}{arguments}: return {name}{arguments}", made)
-    code: types.CodeType = made[function.__name__].__code__
+    passed = ", ".join(_PASSED.get(p.kind, "{0}").format(p.name) for p in bare)
     original = function.__code__
+    # Code can be exchanged for code with the same free variables, as `super()` has. What is behind
+    # `return` makes them free, and is not compiled.
+    free = original.co_freevars
+    made: dict[str, Any] = {}
+    exec(
+        f"def closure({', '.join(free)}):\n"
+        f"    def function{inspect.Signature(bare)}:\n"
+        f"        return {name}({passed})\n"
+        f"        {', '.join(free) or 'pass'}\n"
+        f"    return function.__code__",
+        made,
+    )
+    code: types.CodeType = made["closure"](*free)
     place: dict[str, Any] = {
         key: getattr(original, key)
-        for key in ("co_filename", "co_firstlineno", "co_qualname")
+        for key in ("co_name", "co_filename", "co_firstlineno", "co_qualname")
         if hasattr(original, key)  # co_qualname: Python 3.11
     }
     return code.replace(**place)
+
+
+_PASSED = {
+    inspect.Parameter.VAR_POSITIONAL: "*{0}",
+    inspect.Parameter.VAR_KEYWORD: "**{0}",
+    inspect.Parameter.KEYWORD_ONLY: "{0}={0}",
+}
 
 
 def is_torchs_own(function: object, module: types.ModuleType, path: str) -> bool:

@@ -94,11 +94,14 @@ class Patches:
         self, carried: Mapping[str, Callable[[Callable[..., Any]], Callable[..., Any]]]
     ) -> None:
         self._norms = {
-            norm: Exchange(F, norm, functools.partial(norms.lowered, norm)) for norm in norms.NAMES
+            norm: Exchange.of_torch(F, norm, functools.partial(norms.lowered, norm))
+            for norm in norms.FUNCTIONS
         }
-        self._forward = Exchange(normalization, "LayerNorm.forward", norms.exempting_forward)
+        self._forward = Exchange.of_torch(
+            normalization, "LayerNorm.forward", norms.exempting_forward
+        )
         self._checkpointing = [
-            Exchange(torch.utils.checkpoint, *function) for function in carried.items()
+            Exchange.of_torch(torch.utils.checkpoint, *function) for function in carried.items()
         ]
         self._wrapper = ForwardWrapper()
 
