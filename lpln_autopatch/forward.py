@@ -24,6 +24,9 @@ from lpln_autopatch.torch_compat import (
     run_while_compiling,
 )
 
+HAND_WRITTEN = "hand_written"
+"""What `norms` and LPLN_NORMS call the norms that classes write out."""
+
 INTERCEPTED = "__torch_function__"
 """Why a call is stock whose mode, or whose tensor's class, gets it from PyTorch's own function."""
 
@@ -64,7 +67,9 @@ def decide(lowering: Lowering, norm: str, x: object, weight: Tensor | None) -> t
         return "the input is no tensor"
     # PyTorch's own function hands the call, with ours as the function, to the mode or the
     # subclass that asks for it. What that calls is decided then.
-    if has_torch_function_variadic(x, weight):
+    if has_torch_function_variadic(x, weight) and not (
+        norm == HAND_WRITTEN and type(x) is Tensor  # a mode does not see what is written out
+    ):
         return INTERCEPTED
     dtype = autocast_dtype(x.device.type)
     if dtype is None:

@@ -19,7 +19,7 @@ from lpln_autopatch import forward
 from lpln_autopatch.backends import native
 from lpln_autopatch.exchange import is_torchs_own
 from lpln_autopatch.exemption import is_marked, run_stock
-from lpln_autopatch.forward import decide, run_backend
+from lpln_autopatch.forward import HAND_WRITTEN, decide, run_backend
 from lpln_autopatch.torch_compat import (
     HAS_RMS_NORM,
     never_a_frame_of_its_own,
@@ -113,7 +113,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 """What runs in the place of each function of torch.nn.functional, by its name there."""
 
-NAMES = tuple(FUNCTIONS)
+NAMES = (*FUNCTIONS, *([HAND_WRITTEN] if HAS_RMS_NORM else []))
 """The norms that can be lowered with this torch, as LPLN_NORMS names them."""
 
 

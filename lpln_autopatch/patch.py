@@ -13,6 +13,7 @@ import wrapt
 from torch.nn.modules import normalization
 
 from lpln_autopatch import dynamo, forward, norms
+from lpln_autopatch.classes import Classes
 from lpln_autopatch.exchange import Exchange, is_torchs_own
 from lpln_autopatch.request import Request
 from lpln_autopatch.torch_compat import drop_compiled_code_that_cannot_follow
@@ -104,6 +105,7 @@ class Patches:
             Exchange.of_torch(torch.utils.checkpoint, *function) for function in carried.items()
         ]
         self._wrapper = ForwardWrapper()
+        self._classes = Classes()
 
     def prepare(self, wanted: Iterable[str]) -> None:
         """Find the functions that `follow` needs for these norms.
@@ -111,7 +113,7 @@ class Patches:
         Raises:
             RuntimeError: one is hidden by something that is no Python function.
         """
-        named = [self._norms[norm] for norm in wanted]
+        named = [self._norms[norm] for norm in wanted if norm in self._norms]
         for exchange in (*named, self._forward, *self._checkpointing):
             exchange.prepare()
 
@@ -136,6 +138,7 @@ class Patches:
         wanted: tuple[str, ...] = ()
         if request is not None and request.precision.ever_engages:
             lowering, wanted = request.lowering, request.norms
+        self._classes.follow(forward.HAND_WRITTEN in wanted, keep=carries)
         changed = lowering != forward.active
         next_ones = self._next(wanted, carries, recorder)
         changes = [(exchange, runs) for exchange, runs in next_ones if exchange.runs is not runs]
@@ -170,8 +173,10 @@ class Patches:
         dynamo.settle(stacklevel + 1)
 
     def exchanged(self) -> set[str]:
-        """Return the norms whose functions run our code."""
-        return {norm for norm, exchange in self._norms.items() if exchange.runs is not None}
+        """Return the norms whose functions, or classes, run our code."""
+        found = {norm for norm, exchange in self._norms.items() if exchange.runs is not None}
+        # The forwards of classes run it for longer, and do nothing then.
+        return found | {forward.HAND_WRITTEN} & {*forward.active.norms.split(",")}
 
     def tell_dynamo(self) -> None:
         """Tell Dynamo again what is exchanged."""

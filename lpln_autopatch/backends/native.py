@@ -88,6 +88,20 @@ def lower(
         # Outside of autocast, which would force float32.
         with autocast_disabled():
             return operator(x.to(dtype=dtype), what, _cast(weight, dtype), _cast(bias, dtype), eps)
+    return lower_in_float32(operator, x, what, weight, bias, eps, dtype)
+
+
+def lower_in_float32(
+    operator: Operator,
+    x: Tensor,
+    what: object,
+    weight: Affine,
+    bias: Affine,
+    eps: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Run `operator` in float32, and round nothing but its output."""
+    f32 = torch.float32
     return operator(x.float(), what, _cast(weight, f32), _cast(bias, f32), eps).to(dtype=dtype)
 
 
@@ -106,5 +120,5 @@ def is_left_alone(tensor: Tensor) -> bool:
     return tensor.is_cpu or tensor.dtype is torch.float64 or not tensor.is_floating_point()
 
 
-for _function in (normalise, lower, _cast, is_left_alone):
+for _function in (normalise, lower, lower_in_float32, _cast, is_left_alone):
     never_a_frame_of_its_own(_function)

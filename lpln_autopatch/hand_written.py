@@ -1,0 +1,168 @@
+"""The norms that classes write out: what runs in the place of their forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpln_autopatch import forward, kinds
+from lpln_autopatch.backends import native
+from lpln_autopatch.backends.autograd import DTYPES
+from lpln_autopatch.backends.protocol import Affine
+from lpln_autopatch.exemption import is_marked, run_stock
+from lpln_autopatch.forward import HAND_WRITTEN, decide, run_backend
+from lpln_autopatch.recognition import Form
+from lpln_autopatch.torch_compat import never_a_frame_of_its_own, run_while_compiling
+
+_forwards: list[kinds.Forward] = []  # each has a number, which is a constant for Dynamo
+
+
+def replacement(function: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what `function`, the forward of a class, runs while it is exchanged."""
+    number = len(_forwards)
+    found = kinds.Forward(function, stock)
+    _forwards.append(found)
+
+    def forward_of_a_class(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        lowering = forward.active
+        if HAND_WRITTEN in lowering.norms:
+            if is_marked(self):
+                return run_stock("exempt", stock, self, *args, **kwargs)
+            if args and found.are_defaults(args[1:], kwargs):
+                decision, form = decide_form(number, lowering, self, args[0])
+                if form is not None:
+                    return normalise(lowering, self, args[0], form, decision)
+        return stock(self, *args, **kwargs)
+
+    return never_a_frame_of_its_own(forward_of_a_class)
+
+
+def decide_form(
+    number: int, lowering: forward.Lowering, module: torch.nn.Module, x: Any
+) -> tuple[Any, Form | None]:
+    """Return the dtype to which a call is lowered and the form, or why it is stock and None."""
+    decision = decide(lowering, HAND_WRITTEN, x, None)
+    if isinstance(decision, str):
+        return decision, None
+    names = _names(number, type(module))
+    values = tuple([kinds.describe(getattr(module, name, None)) for name in names])
+    form = _form(number, type(module), values, x.ndim)
+    if isinstance(form, str):
+        return f"not recognised: {form}", None
+    if form.size and x.shape[form.dim] != form.size:
+        return "its input has another size", None
+    for name in (form.weight, form.bias):
+        if name:
+            tensor = getattr(module, name)
+            if tensor.dtype not in DTYPES:
+                return f"{tensor.dtype} {name}".removeprefix("torch."), None
+            if form.dim == -1 and tensor.ndim > 1 and not _fits(tensor, x):
+                return f"its input is broadcast to its {name}", None
+    return decision, form
+
+
+def _fits(tensor: Tensor, x: Tensor) -> bool:
+    """Return True if `tensor` broadcasts to the shape of x."""
+    for n, size in zip(reversed(tensor.shape), reversed(x.shape)):  # noqa: B905
+        if n not in (1, size):
+            return False
+    return tensor.ndim <= x.ndim
+
+
+@run_while_compiling
+def _names(number: int, cls: type) -> tuple[str, ...]:
+    return _forwards[number].names(cls)
+
+
+@run_while_compiling
+def _form(number: int, cls: type, values: kinds.Values, rank: int) -> Form | str:
+    return _forwards[number].form(cls, values, rank)
+
+
+def normalise(
+    lowering: forward.Lowering, module: torch.nn.Module, x: Tensor, form: Form, dtype: torch.dtype
+) -> Tensor:
+    """Normalise `x` as `form` says, in `dtype`.
+
+    Args:
+        lowering: How calls are lowered now.
+        module: Has the weight and the bias.
+        x: Input, of the number of dimensions that the form is for; float32, float16 or bfloat16.
+        form: What the forward of the module computes.
+        dtype: The autocast dtype.
+
+    Returns:
+        Tensor of the shape of x, in dtype, with the strides that the forward gives.
+    """
+    weight = getattr(module, form.weight) if form.weight else None
+    bias = getattr(module, form.bias) if form.bias else None
+    if weight is not None and form.adds_one:
+        weight = weight.float() + 1
+    rows = x
+    if form.dim == 1:
+        rows = x.movedim(1, -1)
+        weight, bias = _flat(weight), _flat(bias)
+    size = (rows.shape[-1],)
+    operator = _operator(form.norm, weight, bias)
+    if dtype is torch.float16:
+        # Not rounded first: residual streams as T5's hold values that float16 does not.
+        y = native.lower_in_float32(operator, rows, size, weight, bias, form.eps, dtype)
+    elif operator is torch.layer_norm:
+        y = run_backend(lowering, rows, size, weight, bias, form.eps, dtype)
+    else:
+        y = native.lower(operator, rows, size, weight, bias, form.eps, dtype)
+    if form.dim == 1:
+        y = y.movedim(-1, 1)
+    if form.strides == "contiguous":
+        return y.contiguous()
+    if form.strides == "input" and not _descends(rows.stride()):
+        return torch.empty_like(x, dtype=dtype).copy_(y)
+    return y
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None else tensor.flatten()
+
+
+def _descends(strides: Sequence[int]) -> bool:
+    """Return True if contiguous output has its elements in the same order."""
+    for outer, inner in zip(strides, strides[1:]):  # noqa: B905
+        if outer < inner:
+            return False
+    return True
+
+
+def _operator(norm: str, weight: Tensor | None, bias: Tensor | None) -> native.Operator:
+    if (weight is None or weight.ndim == 1) and (bias is None or bias.ndim == 1):
+        return torch.layer_norm if norm == "layer_norm" else _rms_norm
+    return _scaled_layer_norm if norm == "layer_norm" else _scaled_rms_norm
+
+
+def _rms_norm(x: Tensor, shape: Sequence[int], weight: Affine, bias: Affine, eps: float) -> Tensor:
+    y = torch.rms_norm(x, shape, weight, eps)
+    return y if bias is None else y + bias
+
+
+def _scaled_layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Affine, bias: Affine, eps: float
+) -> Tensor:
+    return _scaled(torch.layer_norm(x, shape, None, None, eps), weight, bias)
+
+
+def _scaled_rms_norm(
+    x: Tensor, shape: Sequence[int], weight: Affine, bias: Affine, eps: float
+) -> Tensor:
+    return _scaled(torch.rms_norm(x, shape, None, eps), weight, bias)
+
+
+def _scaled(y: Tensor, weight: Affine, bias: Affine) -> Tensor:
+    """Scale by what is no vector: for example, each head has a weight of its own."""
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+for _function in (decide_form, normalise, _flat, _descends, _operator, _rms_norm, _fits, _scaled):
+    never_a_frame_of_its_own(_function)

@@ -1,0 +1,210 @@
+"""What hand-written forwards compute: found out once for each kind of module, and kept.
+
+A kind is a class with the plain values and the shapes of tensors that its forward reads.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import re
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+from lpln_autopatch.recognition import Failed, Form, recognise
+from lpln_autopatch.stand_in import EVERY_MODULES, NotANorm, Opaque, Shape
+
+_T = TypeVar("_T")
+
+# A filter, not a list: what the forward computes decides.
+_NAMED_NORM = re.compile(r"(?i:norm)|LN|RMS")
+
+_stock: dict[Callable[..., Any], Callable[..., Any]] = {}  # of the forwards that are exchanged
+
+Values = tuple[Any, ...]
+"""What a module holds under the names that its forward reads, as `describe` gives it."""
+
+
+class Forward:
+    """The forward of classes that may compute norms by hand.
+
+    Args:
+        function: The forward itself.
+        stock: What runs its own code at all times.
+    """
+
+    def __init__(self, function: types.FunctionType, stock: Callable[..., Any]) -> None:
+        self.function = function
+        self.stock = _stock[function] = stock
+        _, _, *further = inspect.signature(function, follow_wrapped=False).parameters.values()
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._defaults = tuple(p.default for p in further if p.kind in positional)
+        self._named = {p.name: p.default for p in further if p.kind is p.KEYWORD_ONLY}
+        self._names: dict[type, tuple[str, ...]] = {}
+        self._forms: dict[tuple[type, Values], dict[int, Form] | str] = {}
+        self._failures: dict[tuple[type, Values], tuple[int, str]] = {}
+
+    def are_defaults(self, further: tuple[Any, ...], named: dict[str, Any]) -> bool:
+        """Return True if a call has nothing to say but its one tensor."""
+        if not further and not named:
+            return True
+        return (
+            len(further) == len(self._defaults)
+            and all(given is own for given, own in zip(further, self._defaults, strict=True))
+            and named.keys() == self._named.keys()
+            and all(named[name] is own for name, own in self._named.items())
+        )
+
+    def names(self, cls: type) -> tuple[str, ...]:
+        """Return the names that it may read from an instance of `cls`."""
+        found = self._names.get(cls)
+        if found is None:
+            found = self._names[cls] = tuple(sorted(set(_reads(cls, self.function))))
+        return found
+
+    def form(self, cls: type, values: Values, rank: int) -> Form | str:
+        """Return what it computes of an input with `rank` dimensions, or why it is not recognised.
+
+        Args:
+            cls: The class of the module.
+            values: What the module holds under `names(cls)`.
+            rank: The number of dimensions of the input.
+        """
+        key = cls, values
+        forms = self._forms.get(key)
+        if forms is None:
+            forms = self._try(key)
+        if isinstance(forms, str):
+            return forms
+        return forms.get(rank) or f"it is no norm of an input with {rank} dimensions"
+
+    def _try(self, key: tuple[type, Values]) -> dict[int, Form] | str:
+        # What raised is tried again, as the reason may be one of the moment: at the second, fourth,
+        # eighth ... call, as it may as well be for ever.
+        calls, why = self._failures.get(key, (0, ""))
+        if calls & (calls - 1):
+            self._failures[key] = calls + 1, why
+            return why
+        try:
+            forms: dict[int, Form] | str = in_a_thread(lambda: self._recognise(*key))
+        except Failed as error:
+            self._failures[key] = calls + 1, str(error)
+            return str(error)
+        except NotANorm as error:
+            forms = str(error)
+        self._forms[key] = forms
+        return forms
+
+    def _recognise(self, cls: type, values: Values) -> dict[int, Form]:
+        if not is_named_norm(cls):
+            raise NotANorm("the name of its class is not that of a norm")
+        if inspect.getattr_static(cls, "forward", None) is not self.function:
+            raise NotANorm("it is a part of another forward")
+        # PyTorch's parametrizations and FSDP make a class for each module.
+        own = next((c for c in cls.__mro__ if not c.__module__.startswith("torch.")), cls)
+        state = {n: _revived(v) for n, v in zip(self.names(cls), values, strict=True)}
+        return recognise(own, self.stock, state)
+
+
+def candidate(cls: type) -> types.FunctionType | None:
+    """Return the forward of `cls` if it may be a norm that is written out."""
+    function = getattr(cls, "forward", None)
+    if (
+        not is_named_norm(cls)
+        or type(function) is not types.FunctionType
+        or (function.__module__ or "").startswith(("torch.", "lpln_autopatch."))
+        or hasattr(function, "_torchdynamo_orig_callable")  # it compiles itself
+    ):
+        return None
+    try:
+        parameters = list(inspect.signature(function, follow_wrapped=False).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    takes_one = [p.kind in positional and p.default is p.empty for p in parameters] or [False]
+    optional = all(p.default is not p.empty or p.kind not in positional for p in parameters[2:])
+    return function if takes_one[:2] == [True, True] and optional else None
+
+
+def is_named_norm(cls: type) -> bool:
+    """Return True if `cls` may be a norm by its name."""
+    return _NAMED_NORM.search(cls.__name__) is not None
+
+
+def describe(value: object) -> Any:
+    """Return what tells `value` from other ones that a forward may read."""
+    if isinstance(value, torch.Tensor):
+        return Shape, tuple(value.shape)
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return tuple([describe(each) for each in value])
+    return Opaque, type(value).__name__
+
+
+def _revived(value: Any) -> Any:
+    if isinstance(value, tuple) and value and value[0] in (Shape, Opaque):
+        return value[0](value[1])
+    return value
+
+
+def _reads(cls: type, function: Callable[..., Any]) -> Iterator[str]:
+    """Yield the attributes of itself that `function`, or a method that it calls, names.
+
+    What it reads in another way is noticed when it is tried.
+    """
+    pending, seen = [function], set()
+    while pending:
+        unwrapped = inspect.unwrap(pending.pop())
+        code = getattr(_stock.get(unwrapped, unwrapped), "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        for name in _attributes_of_self(code):
+            found = inspect.getattr_static(cls, name, None)
+            if isinstance(found, (types.FunctionType, property)):
+                pending.append(getattr(found, "fget", found))
+            elif name not in EVERY_MODULES and not callable(found):
+                yield name
+        if "super" in code.co_names:
+            methods = (vars(c).get(name) for c in cls.__mro__ for name in code.co_names)
+            pending += [m for m in methods if isinstance(m, types.FunctionType)]
+
+
+def _attributes_of_self(code: types.CodeType) -> Iterator[str]:
+    first = code.co_varnames[:1]
+    itself = False  # whether the instruction before has loaded self
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "EXTENDED_ARG":
+            continue
+        value = instruction.argval
+        if itself and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            yield value
+        last = value[-1:] if isinstance(value, tuple) else (value,)  # Python 3.13 loads two at once
+        itself = instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and last == first
+
+
+def in_a_thread(function: Callable[[], _T]) -> _T:
+    """Run `function` in a new thread, where no autocast and no mode of PyTorch's is active."""
+    results: list[_T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="lpln_autopatch", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:  # no more threads, or Python is about to end
+        raise Failed(f"it could not be tried: {error}") from None
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -1,0 +1,118 @@
+"""A module that stands in for another one while its forward is tried, and watches what that does."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Shape(tuple[int, ...]):
+    """The shape of a parameter or buffer."""
+
+
+class Opaque(str):
+    """The name of the type of something that is neither a tensor nor a plain value."""
+
+
+State = Mapping[str, object]
+"""What a forward may read from its module, by name: a `Shape`, an `Opaque`, or a plain value."""
+
+
+class NotANorm(Exception):
+    """Why a forward is not recognised."""
+
+
+class _Stopped(BaseException):
+    """Ends a forward that does what no norm does: it must not catch this."""
+
+
+class StandIn:
+    """A module of class `cls` with this state, and with tensors of its own.
+
+    Args:
+        cls: The class. Nothing of it runs but what the forward calls.
+        state: What the forward may read.
+        tensors: What it finds in the place of each `Shape`.
+        training: The mode.
+    """
+
+    def __init__(
+        self, cls: type, state: State, tensors: Mapping[str, Tensor], training: bool
+    ) -> None:
+        self._cls, self._state = cls, state
+        self._why = ""
+        self._module = object.__new__(self._watched())
+        torch.nn.Module.__init__(self._module)
+        found = vars(self._module)
+        found["training"] = training
+        found["_parameters"].update(tensors)
+        plain = {n: v for n, v in state.items() if not isinstance(v, (Shape, Opaque))}
+        # A data descriptor of the class goes before what is found here.
+        found.update(plain)
+        self._before = dict(found)
+
+    def run(self, forward: Any, x: Tensor) -> Any:
+        """Return what `forward` gives for `x`.
+
+        Raises:
+            NotANorm: it reads what is not in the state, or stores something on the module.
+            Exception: what it raises.
+        """
+        versions = [t._version for t in (x, *self._module._parameters.values())]
+        try:
+            y = forward(self._module, x)
+        except _Stopped:
+            raise NotANorm(self._why) from None
+        if self._why:
+            raise NotANorm(self._why)
+        found = vars(self._module)
+        same = found.keys() == self._before.keys() and all(
+            found[name] is value for name, value in self._before.items()
+        )
+        if not same or versions != [t._version for t in (x, *self._module._parameters.values())]:
+            raise NotANorm("it changes its module or its input")
+        return y
+
+    def _stop(self, why: str) -> None:
+        self._why = why
+        raise _Stopped
+
+    def _watched(self) -> type:
+        """Return a subclass that refuses what a norm does not do."""
+        if any("__init_subclass__" in vars(c) for c in self._cls.__mro__ if not _is_neutral(c)):
+            raise NotANorm("its class has __init_subclass__")
+
+        def read(module: Any, name: str) -> Any:
+            if isinstance(self._state.get(name), Opaque):
+                self._stop(f"it reads its {name}, a {self._state[name]}")
+            if not (name in self._state or name in EVERY_MODULES or self._is_code(name)):
+                self._stop(f"it reads its {name} in a way that cannot be followed")
+            return super(watched, module).__getattribute__(name)
+
+        def write(module: Any, name: str, *value: object) -> None:
+            self._stop(f"it stores its {name}")
+
+        # Not a name of a norm: it must not be taken for one.
+        watched: Any = type(self._cls)(
+            "_StandIn",
+            (self._cls,),
+            {"__getattribute__": read, "__setattr__": write, "__delattr__": write},
+        )
+        made: type = watched
+        return made
+
+    def _is_code(self, name: str) -> bool:
+        found = inspect.getattr_static(self._cls, name, None)
+        return callable(found) or isinstance(found, (staticmethod, classmethod, property))
+
+
+def _is_neutral(cls: type) -> bool:
+    return cls is torch.nn.Module or cls.__module__ in ("builtins", "typing")
+
+
+EVERY_MODULES = frozenset(dir(torch.nn.Module()))
+"""What each module has."""
