@@ -65,7 +65,7 @@ class Classes:
         if self._hook is not None and before is self._hook:
             return
 
-        def see(cls: type, **kwargs: Any) -> None:
+        def see(cls: type[torch.nn.Module], /, **kwargs: Any) -> None:
             if before is None:
                 super(torch.nn.Module, cls).__init_subclass__(**kwargs)
             else:
@@ -74,7 +74,7 @@ class Classes:
                 self._see(cls)
 
         self._before, self._hook = before, classmethod(see)
-        torch.nn.Module.__init_subclass__ = self._hook  # type: ignore[assignment]
+        torch.nn.Module.__init_subclass__ = self._hook  # type: ignore[method-assign]
 
     def _unwatch(self) -> None:
         if vars(torch.nn.Module).get("__init_subclass__") is not self._hook:
@@ -82,14 +82,16 @@ class Classes:
         if self._before is None:
             del torch.nn.Module.__init_subclass__
         else:
-            torch.nn.Module.__init_subclass__ = self._before
+            torch.nn.Module.__init_subclass__ = self._before  # type: ignore[method-assign]
         self._hook = None
 
 
 def _subclasses(cls: type) -> Iterator[type]:
-    seen, pending = set(), [cls]
+    seen: set[type] = set()
+    pending = [cls]
     while pending:
-        for subclass in type.__subclasses__(pending.pop()):
+        found: list[type] = type.__subclasses__(pending.pop())
+        for subclass in found:
             if subclass not in seen:
                 seen.add(subclass)
                 pending.append(subclass)

@@ -167,7 +167,7 @@ def _code_that_calls(name: str, function: types.FunctionType) -> types.CodeType:
     return code.replace(**place)
 
 
-_PASSED = {
+_PASSED: dict[Any, str] = {
     inspect.Parameter.VAR_POSITIONAL: "*{0}",
     inspect.Parameter.VAR_KEYWORD: "**{0}",
     inspect.Parameter.KEYWORD_ONLY: "{0}={0}",

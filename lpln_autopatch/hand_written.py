@@ -14,7 +14,7 @@ from lpln_autopatch.backends.autograd import DTYPES
 from lpln_autopatch.backends.protocol import Affine
 from lpln_autopatch.exemption import is_marked, run_stock
 from lpln_autopatch.forward import HAND_WRITTEN, decide, run_backend
-from lpln_autopatch.recognition import Form
+from lpln_autopatch.form import Form
 from lpln_autopatch.torch_compat import never_a_frame_of_its_own, run_while_compiling
 
 _forwards: list[kinds.Forward] = []  # each has a number, which is a constant for Dynamo
@@ -129,8 +129,8 @@ def _flat(tensor: Tensor | None) -> Tensor | None:
 
 def _descends(strides: Sequence[int]) -> bool:
     """Return True if contiguous output has its elements in the same order."""
-    for outer, inner in zip(strides, strides[1:]):  # noqa: B905
-        if outer < inner:
+    for at in range(1, len(strides)):
+        if strides[at - 1] < strides[at]:
             return False
     return True
 

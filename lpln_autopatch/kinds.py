@@ -10,13 +10,16 @@ import inspect
 import re
 import threading
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 
-from lpln_autopatch.recognition import Failed, Form, recognise
+from lpln_autopatch.form import Form
+from lpln_autopatch.recognition import Failed, recognise
 from lpln_autopatch.stand_in import EVERY_MODULES, NotANorm, Opaque, Shape
+from lpln_autopatch.torch_compat import is_dynamo_compiling, never_a_frame_of_its_own
 
 _T = TypeVar("_T")
 
@@ -27,6 +30,8 @@ _stock: dict[Callable[..., Any], Callable[..., Any]] = {}  # of the forwards tha
 
 Values = tuple[Any, ...]
 """What a module holds under the names that its forward reads, as `describe` gives it."""
+
+_Kind = tuple[type, Values]
 
 
 class Forward:
@@ -45,8 +50,8 @@ class Forward:
         self._defaults = tuple(p.default for p in further if p.kind in positional)
         self._named = {p.name: p.default for p in further if p.kind is p.KEYWORD_ONLY}
         self._names: dict[type, tuple[str, ...]] = {}
-        self._forms: dict[tuple[type, Values], dict[int, Form] | str] = {}
-        self._failures: dict[tuple[type, Values], tuple[int, str]] = {}
+        self._found: dict[_Kind, dict[int, Form | NotANorm]] = {}
+        self._calls: Counter[_Kind] = Counter()  # of what raised
 
     def are_defaults(self, further: tuple[Any, ...], named: dict[str, Any]) -> bool:
         """Return True if a call has nothing to say but its one tensor."""
@@ -75,31 +80,27 @@ class Forward:
             rank: The number of dimensions of the input.
         """
         key = cls, values
-        forms = self._forms.get(key)
-        if forms is None:
-            forms = self._try(key)
-        if isinstance(forms, str):
-            return forms
-        return forms.get(rank) or f"it is no norm of an input with {rank} dimensions"
+        found = self._found.get(key) or self._try(key)
+        result = found.get(rank) or NotANorm(f"it is not known for inputs of {rank} dimensions")
+        if isinstance(result, Failed) and self._is_time_to_retry(key):
+            result = self._try(key).get(rank, result)
+        return result if isinstance(result, Form) else str(result)
 
-    def _try(self, key: tuple[type, Values]) -> dict[int, Form] | str:
-        # What raised is tried again, as the reason may be one of the moment: at the second, fourth,
-        # eighth ... call, as it may as well be for ever.
-        calls, why = self._failures.get(key, (0, ""))
-        if calls & (calls - 1):
-            self._failures[key] = calls + 1, why
-            return why
+    def _try(self, key: _Kind) -> dict[int, Form | NotANorm]:
         try:
-            forms: dict[int, Form] | str = in_a_thread(lambda: self._recognise(*key))
-        except Failed as error:
-            self._failures[key] = calls + 1, str(error)
-            return str(error)
+            found = in_a_thread(lambda: self._recognise(*key))
         except NotANorm as error:
-            forms = str(error)
-        self._forms[key] = forms
-        return forms
+            found = dict.fromkeys(range(1, 6), error)
+        self._found[key] = found
+        return found
 
-    def _recognise(self, cls: type, values: Values) -> dict[int, Form]:
+    def _is_time_to_retry(self, key: _Kind) -> bool:
+        # What raised may have done so for a reason of the moment, or may do so for ever: it is
+        # tried again at its second, fourth, eighth ... call.
+        calls = self._calls[key] = self._calls[key] + 1
+        return calls > 1 and not calls & (calls - 1)
+
+    def _recognise(self, cls: type, values: Values) -> dict[int, Form | NotANorm]:
         if not is_named_norm(cls):
             raise NotANorm("the name of its class is not that of a norm")
         if inspect.getattr_static(cls, "forward", None) is not self.function:
@@ -139,6 +140,9 @@ def describe(value: object) -> Any:
     """Return what tells `value` from other ones that a forward may read."""
     if isinstance(value, torch.Tensor):
         return Shape, tuple(value.shape)
+    if isinstance(value, float) and is_dynamo_compiling():
+        # Dynamo makes a symbol of a float that has changed.
+        return torch.fx.experimental.symbolic_shapes.guard_scalar(value)
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         return value
     if isinstance(value, (tuple, list)):
@@ -166,13 +170,18 @@ def _reads(cls: type, function: Callable[..., Any]) -> Iterator[str]:
         seen.add(code)
         for name in _attributes_of_self(code):
             found = inspect.getattr_static(cls, name, None)
-            if isinstance(found, (types.FunctionType, property)):
-                pending.append(getattr(found, "fget", found))
+            found = found.fget if isinstance(found, property) else found
+            if isinstance(found, types.FunctionType):
+                pending.append(found)
             elif name not in EVERY_MODULES and not callable(found):
                 yield name
-        if "super" in code.co_names:
-            methods = (vars(c).get(name) for c in cls.__mro__ for name in code.co_names)
-            pending += [m for m in methods if isinstance(m, types.FunctionType)]
+        # `super().forward(x)` and `Base.forward(self, x)`: any method of that name.
+        methods = (vars(c).get(name) for c in _bases(cls) for name in code.co_names)
+        pending += [method for method in methods if isinstance(method, types.FunctionType)]
+
+
+def _bases(cls: type) -> Iterator[type]:
+    return (c for c in cls.__mro__ if c not in (torch.nn.Module, object))
 
 
 def _attributes_of_self(code: types.CodeType) -> Iterator[str]:
@@ -208,3 +217,6 @@ def in_a_thread(function: Callable[[], _T]) -> _T:
     if errors:
         raise errors[0]
     return results[0]
+
+
+never_a_frame_of_its_own(describe)

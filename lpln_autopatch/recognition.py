@@ -8,50 +8,23 @@ training and in evaluation mode, and NaN and inf where those give them.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lpln_autopatch.form import Form, Run, agrees, eps_of, every_form, gradients_of, scale_of
 from lpln_autopatch.stand_in import NotANorm, Shape, StandIn, State
-
-
-class Form(NamedTuple):
-    """What a hand-written norm computes of an input with a certain number of dimensions.
-
-    Attributes:
-        norm: "rms_norm" or "layer_norm".
-        dim: The dimension that is normalised: -1, or 1 for the channels of an image.
-        size: Its size, or 0 for any.
-        weight: The attribute that scales, or "".
-        bias: The attribute that is added, or "".
-        adds_one: Whether 1 + weight scales.
-        eps: What is added to the mean square or the variance.
-        strides: Those of the output: "input", as elementwise operators give; "contiguous"; or
-            "last", contiguous if the normalised dimension were the last.
-    """
-
-    # A tuple of constants, because Dynamo must take it as one.
-
-    norm: str
-    dim: int
-    size: int
-    weight: str
-    bias: str
-    adds_one: bool
-    eps: float
-    strides: str
 
 
 class Failed(NotANorm):
     """It raised wherever it was tried. That may have a reason of the moment."""
 
 
-def recognise(cls: type, forward: Callable[..., Any], state: State) -> dict[int, Form]:
-    """Return what `forward` computes, by the number of dimensions of its input.
+def recognise(cls: type, forward: Callable[..., Any], state: State) -> dict[int, Form | NotANorm]:
+    """Return what `forward` computes, or why it is no norm, by the number of input dimensions.
 
     To be called in a thread of its own: there nobody has entered autocast or any mode.
 
@@ -61,26 +34,34 @@ def recognise(cls: type, forward: Callable[..., Any], state: State) -> dict[int,
         state: What it may read from the module.
 
     Raises:
-        NotANorm: it is neither RMSNorm nor LayerNorm, for no number of dimensions.
+        NotANorm: it is neither RMSNorm nor LayerNorm, whatever its input.
     """
     shapes = {name: value for name, value in state.items() if isinstance(value, Shape)}
     if len(shapes) > 2:
         raise NotANorm(f"it reads more than two tensors: {', '.join(shapes)}")
-    sizes = _sizes(state)
-    why: NotANorm = Failed("its tensors have different sizes")
+    results: list[dict[int, Form | NotANorm]] = []
     with _generator_kept():
-        for size in sizes:
-            found: dict[int, Form] = {}
-            for rank, dim in _RANKS:
-                known = [form for form in found.values() if form.dim == dim][:1]
-                try:
-                    if rank not in found:
-                        found[rank] = _Trials(cls, forward, state, size).form(rank, dim, known)
-                except NotANorm as error:
-                    why = error if isinstance(why, Failed) else why
-            if found:
-                return found
-    raise why
+        for size in _sizes(state):
+            results.append(_recognise(_Trials(cls, forward, state, size)))
+            if any(isinstance(result, Form) for result in results[-1].values()):
+                return results[-1]
+    if not results:
+        raise NotANorm("its tensors have different sizes")
+    return results[0]
+
+
+def _recognise(trials: _Trials) -> dict[int, Form | NotANorm]:
+    found: dict[int, Form | NotANorm] = {}
+    for rank, dim in _RANKS:
+        if isinstance(found.get(rank), Form):
+            continue
+        # What it computes for another rank is only confirmed for this one.
+        known = [f for f in found.values() if isinstance(f, Form) and f.dim == dim][:1]
+        try:
+            found[rank] = trials.form(rank, dim, known)
+        except NotANorm as error:
+            found.setdefault(rank, error)
+    return found
 
 
 @contextlib.contextmanager
@@ -130,17 +111,6 @@ def _resized(value: Any, size: int, new: int) -> Any:
 _RANKS = ((3, -1), (3, 1), (2, -1), (4, -1), (4, 1), (5, -1), (5, 1), (1, -1))
 _BATCHES = {1: (), 2: (9,), 3: (5, 2), 4: (3, 2, 2), 5: (3, 2, 1, 2)}
 _SCALES = (1.0, 0.0, 1e-4, 1e-2, 1e2, 1e6)  # of the first rows
-_ZEROS = 1  # the row of zeros
-
-
-class _Run(NamedTuple):
-    """A run of a forward."""
-
-    x: Tensor
-    y: Tensor
-    tensors: Mapping[str, Tensor]
-    dy: Tensor
-    gradients: Sequence[Tensor]  # of x and the tensors
 
 
 class _Trials:
@@ -162,7 +132,7 @@ class _Trials:
             NotANorm: no form agrees with each run.
         """
         if rank == 1 and not known:
-            raise NotANorm("one row does not tell")
+            raise Failed("one row does not tell")
         candidates, strides = known, ""
         for size, training, scale in self._trials(known):
             try:
@@ -172,20 +142,21 @@ class _Trials:
                 if size == self._size or not self._size:
                     raise
                 continue  # a class may know its size, and refuse any other
-            candidates = candidates or _candidates(run, dim, self._size)
+            candidates = candidates or every_form(run, dim, self._size)
             if rank > 1 and (self._size or not strides):  # eps may depend on the size
-                candidates = [form._replace(eps=_eps(form, run)) for form in candidates]
-            candidates = [form for form in candidates if _agrees(form, run)]
+                candidates = [form._replace(eps=eps_of(form, run)) for form in candidates]
+            candidates = [form for form in candidates if agrees(form, run)]
             if not candidates:
                 raise NotANorm("its values or gradients are not those of RMSNorm or LayerNorm")
-            self._check_specials(module, run, rank, candidates[0])
+            if not known:
+                self._check_specials(module, run, rank, candidates[0])
             strides = self._strides(module, rank, dim, size)
             if known:
                 return known[0]._replace(strides=strides)
         return candidates[0]._replace(strides=strides)
 
     def _trials(self, known: Sequence[Form]) -> list[tuple[int, bool, float]]:
-        """Return sizes, modes and scales of the tensors. Its own size always counts, and is last."""
+        """Return sizes, modes, and scales of the tensors. Its own size comes last."""
         trials = [(8, True, 1.0), (12, False, 3e4)]
         return [*trials[len(known) :], *[(self._size, True, 1.0)] * bool(self._size)]
 
@@ -235,7 +206,7 @@ class _Trials:
 
     def _run(
         self, module: StandIn, tensors: Mapping[str, Tensor], rank: int, dim: int, size: int
-    ) -> _Run:
+    ) -> Run:
         x = self._input(rank, dim, size).requires_grad_()
         y = self._call(module, x)
         if y.isnan().any():  # a row of zeros gives NaN if there is no eps, and so do its gradients
@@ -244,13 +215,13 @@ class _Trials:
         if not y.requires_grad:
             raise NotANorm("its output has no gradient")
         dy = self._random(*x.shape)
-        gradients = _gradients(y, dy, [x, *tensors.values()])
+        gradients = gradients_of(y, dy, [x, *tensors.values()])
         if any(gradient is None for gradient in gradients):
             raise NotANorm("a tensor that it reads gets no gradient")
-        return _Run(x, y, tensors, dy, gradients)
+        return Run(x, y, tensors, dy, gradients)
 
     @torch.no_grad()
-    def _check_specials(self, module: StandIn, run: _Run, rank: int, form: Form) -> None:
+    def _check_specials(self, module: StandIn, run: Run, rank: int, form: Form) -> None:
         """Check that NaN and inf come out where PyTorch's norm gives them."""
         size = run.x.shape[form.dim]
         x = self._input(rank, form.dim, size, specials=True)
@@ -259,7 +230,7 @@ class _Trials:
             exact = torch.rms_norm(rows, (size,), None, form.eps)
         else:
             exact = torch.layer_norm(rows, (size,), None, None, form.eps)
-        exact = exact * _scale(form, run)
+        exact = exact * scale_of(form, run)
         y = self._call(module, x).movedim(form.dim, -1)
         if not (torch.equal(y.isnan(), exact.isnan()) and torch.equal(y.isinf(), exact.isinf())):
             raise NotANorm("NaN or inf comes out of it elsewhere")
@@ -279,75 +250,3 @@ class _Trials:
         if all(y.is_contiguous() for y in outputs):
             return "contiguous"
         raise NotANorm("its output has other strides")
-
-
-def _gradients(y: Tensor, dy: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    # Of a sum: with dy as an argument of its own, autograd imports sympy, which takes a second.
-    return torch.autograd.grad((y * dy).sum(), inputs, allow_unused=True)
-
-
-def _candidates(run: _Run, dim: int, size: int) -> list[Form]:
-    """Return every form that there is for these tensors."""
-    names = list(run.tensors)
-    pairs = [(w, b) for w in (*names, "") for b in (*names, "") if {w, b} - {""} == {*names}]
-    return [
-        Form(norm, dim, size, weight, bias, adds_one, 0.0, "")
-        for norm, (weight, bias) in itertools.product(("rms_norm", "layer_norm"), pairs)
-        for adds_one in ((False, True) if weight else (False,))
-        if weight != bias or not names
-    ]
-
-
-def _scale(form: Form, run: _Run) -> Tensor:
-    """Return what the form scales by, in float64, to broadcast with `_rows(form, ...)`."""
-    if not form.weight:
-        return torch.ones((), dtype=torch.float64)
-    weight = run.tensors[form.weight].double() + form.adds_one
-    return weight.flatten() if form.dim == 1 else weight
-
-
-def _rows(form: Form, x: Tensor) -> Tensor:
-    return x.double().movedim(form.dim, -1)
-
-
-def _eps(form: Form, run: _Run) -> float:
-    """Return eps: for x = 0 a norm gives dx = dy * weight / sqrt(eps), less its mean for LayerNorm."""
-    dy = _rows(form, run.dy) * _scale(form, run).detach()
-    dx = _rows(form, run.gradients[0])
-    zero = (_rows(form, run.x.detach()) == 0).all(-1)
-    if form.norm == "layer_norm":
-        dy = dy - dy.mean(-1, keepdim=True)
-    eps = float((dy / dx)[zero].square().nanmedian())
-    return float(f"{eps:.6g}") if math.isfinite(eps) else 0.0
-
-
-def _agrees(form: Form, run: _Run) -> bool:
-    """Whether float64 gives the values and gradients of the run."""
-    x = run.x.detach().double().requires_grad_()
-    tensors = {name: t.detach().double().requires_grad_() for name, t in run.tensors.items()}
-    exact = run._replace(x=x, tensors=tensors)
-    rows = _rows(form, x)
-    if form.norm == "layer_norm":
-        rows = rows - rows.mean(-1, keepdim=True)
-    rstd = (rows.square().mean(-1, keepdim=True) + form.eps).rsqrt()
-    y = rows * rstd * _scale(form, exact)
-    if form.bias:
-        bias = tensors[form.bias]
-        y = y + (bias.flatten() if form.dim == 1 else bias)
-    dy = _rows(form, run.dy)
-    gradients = _gradients(y, dy, [x, *tensors.values()])
-    dx = _rows(form, gradients[0])
-    if not _is_near(_rows(form, run.y.detach()), y.detach(), y.detach()):
-        return False
-    # Terms that cancel make dx: what is left of them is compared with what they were.
-    terms = (dy * _scale(form, run).detach()).abs().amax(-1, keepdim=True) * rstd.detach()
-    return _is_near(_rows(form, run.gradients[0]), dx, terms, 1e-4) and all(
-        _is_near(float32.double(), float64, float64.abs().amax(), 1e-4)
-        for float32, float64 in zip(run.gradients[1:], gradients[1:], strict=True)
-    )
-
-
-def _is_near(given: Tensor, exact: Tensor, size: Tensor, tolerance: float = 1e-5) -> bool:
-    error = (given - exact).abs()
-    limit = size.abs().amax(-1, keepdim=True) if size.ndim else size
-    return bool((error <= tolerance * limit).all())

@@ -1,4 +1,4 @@
-"""A module that stands in for another one while its forward is tried, and watches what that does."""
+"""A module that stands in for another one while its forward is tried, and watches it."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class StandIn:
     ) -> None:
         self._cls, self._state = cls, state
         self._why = ""
-        self._module = object.__new__(self._watched())
+        self._module: Any = object.__new__(self._watched())
         torch.nn.Module.__init__(self._module)
-        found = vars(self._module)
+        found: dict[str, Any] = self._module.__dict__
         found["training"] = training
         found["_parameters"].update(tensors)
         plain = {n: v for n, v in state.items() if not isinstance(v, (Shape, Opaque))}

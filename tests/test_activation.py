@@ -231,7 +231,8 @@ def test_failing_installation_changes_nothing(layer_norm, monkeypatch):
     """If a function cannot be found, the request is forgotten and nothing is exchanged."""
     from lpln_autopatch import exchange, state
 
-    broken = exchange.Exchange.of_torch(torch.utils.checkpoint, "no_such_function", lambda stock: stock)
+    where = torch.utils.checkpoint, "no_such_function"
+    broken = exchange.Exchange.of_torch(*where, lambda stock: stock)
     patches = state._patches()
     monkeypatch.setattr(patches, "_checkpointing", [*patches._checkpointing, broken])
     before = torch.utils.checkpoint.CheckpointFunction.forward.__code__
