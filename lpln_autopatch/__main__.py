@@ -1,4 +1,4 @@
-"""The command line: the doctor, and the benchmark."""
+"""The command line: the doctor, the launcher, and the benchmark."""
 
 from __future__ import annotations
 
@@ -7,32 +7,39 @@ import contextlib
 import json
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
-from lpln_autopatch import doctor
+from lpln_autopatch import __version__, doctor, launcher
 
-_PROGRAM = "python -m lpln_autopatch"
+_PROGRAM = "lpln" if Path(sys.argv[0]).stem == "lpln" else "python -m lpln_autopatch"
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}. Valid: --json, bench, --help.\n")
+        self.exit(2, f"{self.prog}: {message}. Valid: --json, run, bench, --version, --help.\n")
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command that `arguments` name, and return its exit status."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command that `arguments`, or those of the process, name; return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["run"]:
+        return launcher.main(arguments[1:], _PROGRAM)
     if arguments[:1] == ["bench"]:
         # Not argparse's subcommands: the benchmark has a parser, and imports, of its own.
         return int(import_module("lpln_autopatch.bench.suites").main(arguments[1:]))
     parser = _Parser(
         prog=_PROGRAM,
-        usage=f"{_PROGRAM} [--json]\n       {_PROGRAM} bench [--help] ...",
+        usage=f"{_PROGRAM} [--json]\n       {_PROGRAM} run [--help] ... COMMAND ...\n"
+        f"       {_PROGRAM} bench [--help] ...",
         description="Say what is in force in a program that is started like this one, by which "
         "route it came, and what can be used here. Exit status 1 if LPLN_PRECISION is set and "
-        "does not lower LayerNorm. `bench` measures what lowering is worth on this machine.",
+        "does not lower LayerNorm. `run` starts a command with LPLN_PRECISION set, and sees to it "
+        "that it is read. `bench` measures what lowering is worth on this machine.",
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="the same, for programs")
+    parser.add_argument("--version", action="version", version=f"lpln_autopatch {__version__}")
     options = parser.parse_args(arguments)
     # What it imports, backends of other packages too, may print.
     with contextlib.redirect_stdout(sys.stderr):
@@ -42,4 +49,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

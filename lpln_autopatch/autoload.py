@@ -1,7 +1,8 @@
 """Zero code: LPLN_PRECISION turns low precision on when torch has been imported.
 
 Called by torch itself (entry point group `torch.backends`), by autowrapt (group
-`lpln_autopatch`), and by `sitecustomize_example`. With the variable unset it imports nothing.
+`lpln_autopatch`), and by `sitecustomize_example`, `lpln run`'s too. With the variable unset it
+imports nothing.
 """
 
 from __future__ import annotations
@@ -9,15 +10,54 @@ from __future__ import annotations
 import os
 
 _VARIABLE = "LPLN_PRECISION"
-_AS_IF_UNSET = ("", "0", "off")
+_OTHERS = ("LPLN_BACKEND", "LPLN_NORMS", "LPLN_EXEMPT", "LPLN_SUMMARY")
+_AS_IF_UNSET = ("", "0", "off", "no", "false")
 
 acted: str | None = None
 """The route that has activated, for `python -m lpln_autopatch`."""
+_warned = False
+
+
+def asks(value: str) -> bool:
+    """Return True if this value of LPLN_PRECISION asks for anything, valid or not."""
+    return value.strip().lower() not in _AS_IF_UNSET
 
 
 def is_set() -> bool:
-    """Whether LPLN_PRECISION asks for anything, valid or not."""
-    return os.environ.get(_VARIABLE, "").strip().lower() not in _AS_IF_UNSET
+    """Return True if LPLN_PRECISION is set, and asks for anything."""
+    return asks(os.environ.get(_VARIABLE, ""))
+
+
+def mistake() -> str | None:
+    """Return a sentence about variables that are misspelt or lack LPLN_PRECISION, or None."""
+    ours = (_VARIABLE, *_OTHERS)
+    names = [name for name in os.environ if name.startswith("LPLN_")]
+    if not names or (_VARIABLE in names and not is_set()):
+        return None
+    for name in names:
+        if name not in ours:
+            from difflib import get_close_matches  # torch has imported it
+
+            stems = [our.removeprefix("LPLN_") for our in ours]
+            meant = get_close_matches(name.removeprefix("LPLN_"), stems, 1, 0.75)
+            if meant:
+                return f"{name} has no effect: did you mean LPLN_{meant[0]}?"
+    alone = [name for name in _OTHERS if asks(os.environ.get(name, ""))]
+    if alone and _VARIABLE not in names:
+        verb = "has" if len(alone) == 1 else "have"
+        what = f"{' and '.join(alone)} {verb} no effect at this import without {_VARIABLE}"
+        return f"{what}: did you mean {_VARIABLE}=amp, too?"
+    return None
+
+
+def _warn_of_mistake() -> None:
+    """Print the mistake, once: no warning of Python's, which may be an error."""
+    global _warned
+    if not _warned and (sentence := mistake()):
+        import sys
+
+        _warned = True
+        print(f"lpln_autopatch: {sentence}", file=sys.stderr)
 
 
 def on_torch_import(torch: object = None, route: str | None = None) -> None:
@@ -34,7 +74,10 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
         ValueError, ImportError: The same in a thread, where Python ignores SystemExit.
     """
     global acted
-    if acted or not is_set():
+    if acted:
+        return
+    _warn_of_mistake()
+    if not is_set():
         return
 
     import sys
@@ -60,7 +103,7 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
 
             ByName(os.environ["LPLN_EXEMPT"]).install()
         enable_from(os.environ[_VARIABLE], "auto", None, "environment")
-        if os.environ.get("LPLN_SUMMARY", "").strip().lower() not in _AS_IF_UNSET:
+        if asks(os.environ.get("LPLN_SUMMARY", "")):
             from lpln_autopatch import summary
 
             summary.install()

@@ -62,15 +62,30 @@ class Precision(str, enum.Enum):
 
     @classmethod
     def parse(cls, value: object, source: str) -> Precision:
-        """`Precision(value)`, whose ValueError names `source`, an argument or a variable."""
+        """`Precision(value)`, whose ValueError names `source`, an argument, option or variable.
+
+        From outside of the program "fp16" is an error. Trainers call autocast to float16 so, and
+        Composer a training without autocast.
+        """
+        from_outside = source in ("LPLN_PRECISION", "--precision")
         try:
-            return (isinstance(value, str) and _MEMBERS.get(value)) or cls(value)
+            precision = (isinstance(value, str) and _MEMBERS.get(value)) or cls(value)
         except ValueError:
             valid = [*(str(member) for member in cls), *_ALIASES]
-            if source == "LPLN_PRECISION":  # autoload.py takes it, for the same as unset
-                valid.append("off")
-            names = ", ".join(valid)
-            raise ValueError(f"{source}={value!r} is not a precision. Valid: {names}.") from None
+            hint = ""
+            if from_outside:
+                valid = [*(name for name in valid if name != "fp16"), "off"]
+                is_a_switch = str(value).strip().lower() in ("1", "true", "on", "yes")
+                hint = " Set amp: whatever autocast runs in." * is_a_switch
+            raise ValueError(
+                f"{source}={value!r} is not a precision.{hint} Valid: {', '.join(valid)}."
+            ) from None
+        if from_outside and precision is cls.FP16:
+            raise ValueError(
+                f"{source}={value!r} lowers nothing: it is Composer's name for a training without "
+                "autocast. Where autocast runs in float16, set amp_fp16."
+            )
+        return precision
 
     @property
     def ever_engages(self) -> bool:

@@ -5,6 +5,7 @@ TORCH_DEVICE_BACKEND_AUTOLOAD=0):
 
 Python imports this module when it starts. Nothing happens until the program imports torch; with
 LPLN_PRECISION unset, nothing at all. A `sitecustomize` that this one shadows still runs.
+`lpln run train.py` does all this by itself.
 """
 
 import os
@@ -24,7 +25,10 @@ class _RefuseTorch:
 
 def _on_torch_import(torch):
     # Here: lpln_autopatch is imported with torch, not in every Python that starts.
-    from lpln_autopatch.autoload import on_torch_import
+    try:
+        from lpln_autopatch.autoload import on_torch_import
+    except ImportError as error:
+        raise SystemExit(f"LPLN_PRECISION is set, and {error}.") from None
 
     on_torch_import(torch, "sitecustomize")
 
@@ -50,7 +54,7 @@ def _run_shadowed_sitecustomize():
 
 
 try:
-    if os.environ.get("LPLN_PRECISION", "").strip().lower() not in ("", "0", "off"):
+    if os.environ.get("LPLN_PRECISION", "").strip().lower() not in ("", "0", "off", "no", "false"):
         _activate_when_torch_is_imported()
 finally:
     _run_shadowed_sitecustomize()

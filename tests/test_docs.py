@@ -125,7 +125,7 @@ def run_python_block(block: Block, folder: Path) -> str:
 
 def run_bash_block(block: Block, folder: Path) -> str:
     programs = programs_of(block)
-    unknown = programs - {"python", "torchrun", "accelerate", "make"}
+    unknown = programs - {"python", "lpln", "torchrun", "accelerate", "make"}
     assert not unknown, f"CI cannot run {', '.join(unknown)}: mark the block with the reason"
     if programs == {"make"}:
         return run(["bash", "-euo", "pipefail", "-c", block.code], ROOT)

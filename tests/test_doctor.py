@@ -9,6 +9,7 @@ import types
 import pytest
 from support import A_ROUTE, add_distribution, run_python
 
+import lpln_autopatch
 from lpln_autopatch.__main__ import main
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
@@ -240,7 +241,7 @@ def test_wrong_argument_is_one_line(arguments):
     assert (result.returncode, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"python -m lpln_autopatch: unrecognized arguments: {arguments[-1]}.")
-    assert line.endswith("Valid: --json, bench, --help.")
+    assert line.endswith("Valid: --json, run, bench, --version, --help.")
 
 
 def test_bench_has_the_rest_of_the_line(monkeypatch):
@@ -256,4 +257,12 @@ def test_help_names_both_commands(capsys):
         main(["--help"])
     shown = capsys.readouterr().out
     assert "python -m lpln_autopatch [--json]" in shown
+    assert "python -m lpln_autopatch run [--help] ... COMMAND ..." in shown
     assert "python -m lpln_autopatch bench" in shown
+
+
+def test_version_is_printed(capsys):
+    """--version gives the version of the package."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lpln_autopatch {lpln_autopatch.__version__}\n"

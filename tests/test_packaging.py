@@ -28,7 +28,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     """Every module and py.typed are in the wheel; tests and docs are not, but for the script that
-    `bench loss` trains."""
+    `bench loss` trains, and the sitecustomize of `lpln run`."""
     names = zipfile.ZipFile(wheel).namelist()
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "lpln_autopatch").rglob("*.py")}
     metadata = f"lpln_autopatch-{lpln_autopatch.__version__}.dist-info/"
@@ -36,6 +36,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         *modules,
         "lpln_autopatch/py.typed",
         "lpln_autopatch/bench/train.py",
+        "lpln_autopatch/sitecustomize/sitecustomize.py",
     }
     assert f"{metadata}licenses/LICENSE" in names
 
@@ -56,6 +57,8 @@ def test_entry_points():
     (autowrapt,) = importlib_metadata.entry_points(group="lpln_autopatch")
     assert ours.value == autowrapt.value == "lpln_autopatch.autoload:on_torch_import"
     assert autowrapt.name == "torch"
+    (command,) = importlib_metadata.entry_points(group="console_scripts", name="lpln")
+    assert command.value == "lpln_autopatch.__main__:main"
 
 
 def test_installed_package_is_what_is_tested():

@@ -69,9 +69,9 @@ def test_routes_activate_once(environment):
     assert result.stderr.count("lpln_autopatch INFO") == 1
 
 
-@pytest.mark.parametrize("value", ["", "off", " OFF ", "0"])
+@pytest.mark.parametrize("value", ["", "off", " OFF ", "0", "no", "False"])
 def test_off_is_as_if_unset(program, value):
-    """off, 0 and empty leave the program stock: with all routes open, none of them activates."""
+    """off, 0, no, false and empty leave the program stock, with all routes open."""
     result = run_python(program, LPLN_PRECISION=value, **ROUTES["all"])
     assert result.stdout == "torch.float32\n"
 
@@ -87,6 +87,71 @@ def test_wrong_value_stops_the_process(program, environment):
     assert "Traceback" not in result.stderr
     # (Without NumPy, torch has put a warning of its own in front.)
     assert result.stderr.splitlines()[-1].startswith("lpln_autopatch: LPLN_PRECISION='bf61'")
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        ("1", "LPLN_PRECISION='1' is not a precision. Set amp: whatever autocast runs in. Valid:"),
+        ("True", "LPLN_PRECISION='True' is not a precision. Set amp: whatever autocast runs in."),
+        ("fp16", "Where autocast runs in float16, set amp_fp16. Unset LPLN_PRECISION to leave"),
+    ],
+)
+def test_wrong_value_has_a_hint(program, value, hint):
+    """What switches are called elsewhere, and float16 by the trainers' name, stop with a hint."""
+    result = run_python(program, check=False, LPLN_PRECISION=value, **A_ROUTE)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert hint in result.stderr
+
+
+def warned(**environment) -> str:
+    """What `import torch` prints that is ours, where warnings are errors and all routes open."""
+    code = "import warnings; warnings.simplefilter('error', UserWarning); import torch"
+    result = run_python("-c", code, **{**ROUTES["all"], **environment})
+    return "".join(line for line in result.stderr.splitlines() if "LPLN" in line)
+
+
+@needs_autoload
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"LPLN_PRECISON": "amp"}, "LPLN_PRECISON has no effect: did you mean LPLN_PRECISION?"),
+        (
+            {"LPLN_PRECISION": "amp", "LPLN_BACKED": "lean"},
+            "LPLN_BACKED has no effect: did you mean LPLN_BACKEND?",
+        ),
+        (
+            {"LPLN_NORMS": "all", "LPLN_SUMMARY": "1"},
+            "LPLN_NORMS and LPLN_SUMMARY have no effect at this import without LPLN_PRECISION: "
+            "did you mean LPLN_PRECISION=amp, too?",
+        ),
+        *(
+            ({name: "x"}, f"{name} has no effect at this import without LPLN_PRECISION: ")
+            for name in ("LPLN_BACKEND", "LPLN_EXEMPT")
+        ),
+    ],
+)
+def test_misspelt_or_lonely_variable_is_one_line(environment, line):
+    """Once on stderr, however many routes are open, and also where warnings are errors."""
+    printed = warned(**environment)
+    assert printed.startswith(f"lpln_autopatch: {line}")
+    assert printed.count("did you mean") == 1
+
+
+@needs_autoload
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LPLN_SITE": "x", "LPLN_TEST_DIST": "x"},
+        {"LPLN_PRECISION": "off", "LPLN_BACKEND": "lean", "LPLN_NORM": "all"},
+        {"LPLN_PRECISION": "", "LPLN_BACKEND": "lean"},
+        {"LPLN_SUMMARY": "0"},
+        {"LPLN_PRECISION": "amp", "LPLN_NORMS": "all"},
+    ],
+)
+def test_other_variables_are_left_alone(environment):
+    """A variable that resembles none of ours, and what LPLN_PRECISION switches off, say nothing."""
+    assert "did you mean" not in warned(**environment)
 
 
 @needs_autoload
@@ -168,6 +233,17 @@ def test_sitecustomize_without_wrapt_stops_what_uses_torch(tmp_path):
     assert run_python("-c", "print('ran')", **environment).stdout == "ran\n"
 
 
+def test_sitecustomize_without_the_package_stops_what_uses_torch(tmp_path):
+    """A Python that has wrapt and lacks the package refuses torch, also where it is guarded."""
+    (tmp_path / "lpln_autopatch.py").write_text("raise ImportError('no package here')")
+    environment = {"PYTHONPATH": f"{SITECUSTOMIZE}:{tmp_path}", "LPLN_PRECISION": "amp"}
+    guarded = "try:\n    import torch\nexcept Exception:\n    print('went on')"
+    autoload = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    result = run_python("-c", guarded, check=False, **environment, **autoload)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "LPLN_PRECISION is set, and no package here." in result.stderr
+
+
 @pytest.mark.parametrize("precision", ["", "amp"])
 def test_shadowed_sitecustomize_still_runs(tmp_path, program, precision):
     """The sitecustomize that ours hides runs, and its errors do not cost the activation."""
@@ -222,7 +298,8 @@ def test_unset_test_can_fail():
     assert result.stdout.split() == ["True"] * 3
 
 
-def test_unset_costs_less_than_a_millisecond():
+@pytest.mark.parametrize("environment", [{}, {"LPLN_PRECISON": "amp"}])
+def test_unset_costs_less_than_a_millisecond(environment):
     """Loading our entry point and calling it, as `import torch` does, stays under 1 ms."""
     code = """
         import time, torch, sys
@@ -236,7 +313,8 @@ def test_unset_costs_less_than_a_millisecond():
             print(time.perf_counter() - start)
     """
     # The least of them: a busy machine only adds.
-    assert min(map(float, run_python("-c", textwrap.dedent(code)).stdout.split())) < 0.001
+    least = min(map(float, run_python("-c", textwrap.dedent(code), **environment).stdout.split()))
+    assert least < 0.001
 
 
 @needs_autoload
