@@ -98,15 +98,17 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
     try:
         from lpln_autopatch.activation import enable_from
 
+        names = None
         if os.environ.get("LPLN_EXEMPT"):
             from lpln_autopatch.exemption import ByName
 
-            ByName(os.environ["LPLN_EXEMPT"]).install()
+            names = ByName(os.environ["LPLN_EXEMPT"])
+            names.install()
         enable_from(os.environ[_VARIABLE], "auto", None, "environment")
-        if asks(os.environ.get("LPLN_SUMMARY", "")):
-            from lpln_autopatch import summary
 
-            summary.install()
+        from lpln_autopatch import summary
+
+        summary.install(asks(os.environ.get("LPLN_SUMMARY", "")), names)
     except Exception as error:
         reason = (str(error) or repr(error)).rstrip(".")
         message = f"{reason}. Unset {_VARIABLE} to leave LayerNorm as PyTorch has it."

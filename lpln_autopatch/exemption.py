@@ -146,6 +146,9 @@ class ByName:
     Args:
         patterns: Ends of names, as `named_modules` has them, with commas between them. In each
             component `*`, `?` and `[...]` are those of file names.
+
+    Attributes:
+        unmatched: The patterns that no module's name has matched so far.
     """
 
     def __init__(self, patterns: str) -> None:
@@ -155,6 +158,7 @@ class ByName:
             for pattern in map(str.strip, patterns.split(","))
             if pattern
         ]
+        self.unmatched = {".".join(pattern) for pattern in self._patterns}
         # The parents of each module, and its name in each.
         self._parents: MutableMapping[
             torch.nn.Module, list[tuple[weakref.ref[torch.nn.Module], str]]
@@ -170,12 +174,12 @@ class ByName:
         parents, entry = self._parents.setdefault(module, []), (weakref.ref(parent), name)
         if entry not in parents:
             parents.append(entry)
-        if vars(parent).get(MARK) == BY_NAME:
-            _mark_by_name(module, name)
-            return
+        is_inside = vars(parent).get(MARK) == BY_NAME
         for inner, submodule in module.named_modules():
             path = [name, *inner.split(".")] if inner else [name]
-            if any(self._matches(pattern, path, parent) for pattern in self._patterns):
+            matched = {".".join(p) for p in self._patterns if self._matches(p, path, parent)}
+            self.unmatched -= matched
+            if is_inside or matched:
                 _mark_by_name(submodule, ".".join(path))
 
     def _matches(self, pattern: Sequence[str], path: list[str], parent: torch.nn.Module) -> bool:

@@ -1,45 +1,124 @@
-"""LPLN_SUMMARY: a line at exit says how many norm calls were lowered, and why others were not.
+"""The line at exit: how many norm calls were lowered, and why others were not.
 
 It counts decisions, which are made while a precision is active. Compiled code makes none when it
-runs: Dynamo makes them where it traces.
+runs: Dynamo makes them where it traces, and those are counted apart.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 from collections import Counter
 
 import torch
 
-from lpln_autopatch import norms
+from lpln_autopatch import exemption, norms, surgery
 from lpln_autopatch.forward import INTERCEPTED, Lowering, decide
-from lpln_autopatch.torch_compat import is_dynamo_compiling, never_a_frame_of_its_own
+from lpln_autopatch.torch_compat import (
+    is_dynamo_compiling,
+    never_a_frame_of_its_own,
+    run_while_compiling,
+)
+
+calls: Counter[torch.dtype | str] = Counter()
+"""Calls in eager mode, by the dtype to which they were lowered, or the reason why they were not."""
+
+traced: Counter[torch.dtype | str] = Counter()
+"""The same for the calls that Dynamo has traced, which run from then on uncounted."""
+
+_everything = False  # Whether LPLN_SUMMARY asks for the line whatever it says.
+_counting = True
 
 
-def install() -> None:
-    """Count from now on, and print the line to stderr when the process ends."""
-    counts: Counter[torch.dtype | str] = Counter()
+def install(everything: bool, names: exemption.ByName | None) -> None:
+    """Count from now on, and print to stderr when the process ends.
 
-    def counted(
-        lowering: Lowering, norm: str, x: object, weight: torch.Tensor | None
-    ) -> torch.dtype | str:
-        decision = decide(lowering, norm, x, weight)
-        # A call that a mode or a subclass intercepts is decided once more.
-        if not is_dynamo_compiling() and decision != INTERCEPTED:
-            counts[decision] += 1
-        return decision
-
-    never_a_frame_of_its_own(counted)
+    Args:
+        everything: What LPLN_SUMMARY asks for. Without it there is a line only if norms ran and
+            none was lowered, and counting ends with the first that is.
+        names: Those of LPLN_EXEMPT.
+    """
+    global _everything
+    _everything = everything
     # In the place of the name, because a hook in the hot path would cost every program.
-    vars(norms)["decide"] = counted
-    atexit.register(lambda: sys.stderr and print(_line(counts), file=sys.stderr))
+    _decide_by(_counted)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_forget)
+    atexit.register(_print, names)
 
 
-def _line(counts: Counter[torch.dtype | str]) -> str:
-    stock = {reason: n for reason, n in counts.most_common() if isinstance(reason, str)}
-    lowered = counts.total() - sum(stock.values())
-    line = f"lpln_autopatch: {lowered} of {counts.total()} norm calls in eager mode were lowered"
+def _decide_by(function: object) -> None:
+    vars(norms)["decide"] = vars(surgery)["decide"] = function
+
+
+def _counted(
+    lowering: Lowering, norm: str, x: object, weight: torch.Tensor | None
+) -> torch.dtype | str:
+    decision = decide(lowering, norm, x, weight)
+    if is_dynamo_compiling():
+        _count_traced(decision)
+    elif _counting and decision != INTERCEPTED:  # a mode or a subclass has it decided once more
+        calls[decision] += 1
+        if not _everything and not isinstance(decision, str):
+            _stop_counting()
+    return decision
+
+
+def _stop_counting() -> None:
+    global _counting
+    _counting = False
+    if "torch._dynamo" not in sys.modules:  # or compiled code may guard on the name
+        _decide_by(decide)
+
+
+@run_while_compiling
+def _count_traced(decision: torch.dtype | str) -> None:
+    if decision != INTERCEPTED:
+        traced[decision] += 1
+
+
+def _forget() -> None:
+    """In a forked child: the calls were its parent's."""
+    calls.clear()
+    traced.clear()
+
+
+def _print(names: exemption.ByName | None) -> None:
+    lines = [_all_calls() if _everything else _none_lowered()]
+    if _everything and names is not None and names.unmatched and (calls or traced):
+        lines.append(f"LPLN_EXEMPT: no module is called {', '.join(sorted(names.unmatched))}.")
+    rank = os.environ.get("RANK")
+    who = f"process {os.getpid()}" if rank is None else f"rank {rank}"
+    for line in filter(None, lines):
+        if sys.stderr:
+            print(f"lpln_autopatch, {who}: {line}", file=sys.stderr)
+
+
+def _reasons(counts: Counter[torch.dtype | str]) -> dict[str, int]:
+    return {reason: n for reason, n in counts.most_common() if isinstance(reason, str)}
+
+
+def _all_calls() -> str | None:
+    if not calls and not traced:
+        return None
+    stock = _reasons(calls)
+    lowered = calls.total() - sum(stock.values())
+    line = f"{lowered} of {calls.total()} norm calls in eager mode were lowered"
     if stock:
         line += f"; stock: {', '.join(f'{n} ({reason})' for reason, n in stock.items())}"
     return f"{line}. Compiled code is not counted."
+
+
+def _none_lowered() -> str | None:
+    """Return the line about a process in which norms ran and none was lowered, or None."""
+    both = calls + traced
+    stock = _reasons(both)
+    if not stock or len(stock) < len(both):
+        return None
+    n = calls.total()
+    what = f"{n} norm call{'s'[: n > 1]}" if n else "norms ran in compiled code alone"
+    return f"{what}, none lowered: {next(iter(stock))}."
+
+
+never_a_frame_of_its_own(_counted)

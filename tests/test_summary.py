@@ -1,11 +1,15 @@
-"""LPLN_SUMMARY, in processes of their own: the line at exit."""
+"""The line at exit, with LPLN_SUMMARY and without, in processes of their own."""
 
 from __future__ import annotations
 
+import os
+import re
 import textwrap
 
 import pytest
 from support import needs_dynamo, run_python
+
+from lpln_autopatch.torch_compat import TORCH_VERSION
 
 PROGRAM = """
 import torch
@@ -17,26 +21,33 @@ with torch.autocast("cpu", dtype=torch.bfloat16):
         model(x)
     model(x if {plain} else x.as_subclass(type("Sub", (torch.Tensor,), {{}})))
 """
-HEAD = "lpln_autopatch: "
-TAIL = ". Compiled code is not counted.\n"
+HEAD = r"lpln_autopatch, process \d+: "
+TAIL = ". Compiled code is not counted."
 # Before torch 2.5 there is no entry point.
 ROUTE = {"AUTOWRAPT_BOOTSTRAP": "lpln_autopatch"}
 
 
 def line(program: str, **environment: str) -> str:
     """What the program prints to stderr at its end, without what every line has."""
-    stderr = run_python(
-        "-c", textwrap.dedent(program), LPLN_PRECISION="amp", **ROUTE, **environment
-    ).stderr
-    assert stderr.count("lpln_autopatch") == 1
-    assert stderr.endswith(TAIL)
-    return stderr[stderr.index(HEAD) + len(HEAD) : -len(TAIL)]
+    (printed,) = lines(program, LPLN_SUMMARY="1", **environment)
+    assert printed.endswith(TAIL)
+    return printed.removesuffix(TAIL)
+
+
+def lines(program: str, **environment: str) -> list[str]:
+    """Our lines at the end of the program, without the name of the process."""
+    environment = {"LPLN_PRECISION": "amp", **ROUTE, **environment}
+    stderr = run_python("-c", textwrap.dedent(program), **environment).stderr
+    ours = [line for line in stderr.splitlines() if "lpln_autopatch" in line]
+    heads = [re.match(HEAD, line) for line in ours]
+    assert all(heads), stderr
+    return [line[head.end() :] for line, head in zip(ours, heads, strict=True)]
 
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_calls_are_counted_with_their_reasons(plain):
     """Four of five; one that a tensor's class intercepts is one call."""
-    assert line(PROGRAM.format(plain=plain), LPLN_SUMMARY="1") == (
+    assert line(PROGRAM.format(plain=plain)) == (
         "4 of 5 norm calls in eager mode were lowered; stock: 1 (no autocast)"
     )
 
@@ -52,7 +63,7 @@ def test_calls_of_other_norms_and_exempt_ones_are_counted():
             lpln_autopatch.disable()
             layer(x), group(x)
     """
-    assert line(program, LPLN_SUMMARY="1", LPLN_NORMS="all") == (
+    assert line(program, LPLN_NORMS="all") == (
         "2 of 3 norm calls in eager mode were lowered; stock: 1 (exempt)"
     )
 
@@ -69,14 +80,123 @@ def test_compiled_code_is_not_counted_and_compiled_once():
         assert dtypes == {torch.bfloat16}, dtypes
         assert counter.frame_count == 1, counter.frame_count
     """
-    assert line(program, LPLN_SUMMARY="1") == "0 of 0 norm calls in eager mode were lowered"
+    assert line(program) == "0 of 0 norm calls in eager mode were lowered"
 
 
 @pytest.mark.parametrize(
-    ("precision", "value"), [*(("amp", v) for v in ("", "0", "off")), ("", "1")]
+    ("precision", "value"), [*(("amp", v) for v in ("", "0", "off")), ("off", "1")]
 )
 def test_nothing_is_printed_unless_it_is_asked_for(precision, value):
-    """Off, or without LPLN_PRECISION: no line."""
+    """Where something was lowered, and without LPLN_PRECISION: no line."""
     program = PROGRAM.format(plain=True)
-    result = run_python("-c", program, LPLN_PRECISION=precision, LPLN_SUMMARY=value, **ROUTE)
-    assert "norm calls" not in result.stderr
+    assert lines(program, LPLN_PRECISION=precision, LPLN_SUMMARY=value) == []
+
+
+NONE_LOWERED = """
+import torch
+model = torch.nn.Sequential(torch.nn.GroupNorm(2, 8), torch.nn.LayerNorm(8))
+for _ in range(5):
+    model(torch.randn(4, 8))
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    model.double()(torch.randn(4, 8).double())
+"""
+
+
+def test_norms_of_which_none_was_lowered_are_a_line():
+    """How many, and the most frequent reason, without LPLN_SUMMARY."""
+    assert lines(NONE_LOWERED) == ["6 norm calls, none lowered: no autocast."]
+    one = "import torch; torch.nn.LayerNorm(8)(torch.randn(4, 8))"
+    assert lines(one) == ["1 norm call, none lowered: no autocast."]
+
+
+@needs_dynamo
+@pytest.mark.parametrize("autocast", [True, False])
+def test_compiled_norms_of_which_none_was_lowered_are_a_line(autocast):
+    """Dynamo's decisions count for that: nothing is said of compiled code that is lowered."""
+    program = f"""
+        import torch
+        run = torch.compile(torch.nn.LayerNorm(8), backend="eager", fullgraph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled={autocast}):
+            print(run(torch.randn(4, 8)).dtype)
+    """
+    expected = ["norms ran in compiled code alone, none lowered: no autocast."]
+    assert lines(program) == ([] if autocast else expected)
+
+
+def test_counting_ends_with_the_first_lowered_call():
+    """From then on the norms call `decide` itself, unless LPLN_SUMMARY wants all."""
+    program = """
+        import torch
+        from lpln_autopatch import forward, norms, surgery
+        norm, x = torch.nn.LayerNorm(8), torch.randn(4, 8)
+        norm(x)
+        assert norms.decide is not forward.decide
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            norm(x)
+        assert norms.decide is surgery.decide is forward.decide
+    """
+    assert lines(program) == []
+
+
+@pytest.mark.parametrize("summary", ["", "1"])
+def test_process_without_norms_prints_nothing(summary):
+    """Such as torchrun's parent, or a worker of a loader."""
+    assert lines("import torch; torch.nn.LayerNorm(8)", LPLN_SUMMARY=summary) == []
+
+
+def test_surgery_is_counted():
+    """A module of its own precision is no other norm."""
+    program = """
+        import torch, lpln_autopatch
+        norm = torch.nn.LayerNorm(8)
+        lpln_autopatch.apply_low_precision_layernorm(norm)
+        norm(torch.randn(4, 8))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            norm(torch.randn(4, 8))
+    """
+    expected = "1 of 2 norm calls in eager mode were lowered; stock: 1 (no autocast)"
+    assert line(program) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only POSIX has fork; CI has it")
+def test_forked_child_counts_its_own():
+    """Parent and child have a line each, and the child's has not the parent's calls."""
+    program = f"{NONE_LOWERED}\nimport os\nif os.fork() == 0:\n    model.float()(torch.randn(4, 8))"
+    program += "\nelse:\n    os.wait()\n"
+    assert lines(program) == [
+        "1 norm call, none lowered: no autocast.",
+        "6 norm calls, none lowered: no autocast.",
+    ]
+
+
+def test_rank_is_named():
+    """Where a launcher has given the process one."""
+    stderr = run_python("-c", NONE_LOWERED, LPLN_PRECISION="amp", RANK="3", **ROUTE).stderr
+    assert stderr.endswith("lpln_autopatch, rank 3: 6 norm calls, none lowered: no autocast.\n")
+
+
+@pytest.mark.skipif(TORCH_VERSION < (2, 0), reason="LPLN_EXEMPT needs torch 2.0; CI has later ones")
+def test_name_that_matched_no_module_is_named():
+    """LPLN_EXEMPT is checked against the modules that were made, under LPLN_SUMMARY."""
+    program = PROGRAM.format(plain=True)
+    names = {"LPLN_EXEMPT": "1,head.norm,*.tail"}
+    assert lines(program, LPLN_SUMMARY="1", **names)[1:] == [
+        "LPLN_EXEMPT: no module is called head.norm, tail."
+    ]
+    assert lines(program, LPLN_SUMMARY="1", LPLN_EXEMPT="1")[1:] == []
+
+
+@pytest.mark.skipif(TORCH_VERSION < (2, 0), reason="LPLN_EXEMPT needs torch 2.0; CI has later ones")
+def test_name_inside_an_exempt_module_has_matched():
+    """What becomes part of an exempt module is exempt, and its own name counts as found."""
+    program = """
+        import torch
+        model = torch.nn.Module()
+        model.head = torch.nn.Module()
+        model.head.norm = torch.nn.LayerNorm(8)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.head.norm(torch.randn(4, 8))
+    """
+    assert line(program, LPLN_EXEMPT="head,head.norm") == (
+        "0 of 1 norm calls in eager mode were lowered; stock: 1 (exempt)"
+    )
