@@ -62,6 +62,12 @@ class Enabled:
     def __init__(self, before: Request | None) -> None:
         self._before = before
 
+    def __repr__(self) -> str:
+        request = state.current()
+        if request is None or not request.precision.ever_engages:
+            return "Nothing is lowered."
+        return f"Lowered under autocast: {request}. lpln_autopatch.disable() ends that."
+
     def __enter__(self) -> Enabled:
         return self
 
@@ -196,8 +202,7 @@ def enable_from(precision: object, backend: str, norms: object, source: str) -> 
     if not request.precision.ever_engages:
         request.warn_never_engages(stacklevel=3)
     before = state.set_base(request)
-    what = f"{', '.join(request.norms)}: precision {request.precision}, backend {request.backend}"
-    _logger.info("%s, from %s", what, source)
+    _logger.info("%s, from %s", request, source)
     return before
 
 

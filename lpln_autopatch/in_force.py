@@ -7,7 +7,7 @@ import os
 import platform
 from typing import TYPE_CHECKING
 
-from lpln_autopatch import state
+from lpln_autopatch import state, tables
 
 if TYPE_CHECKING:
     from lpln_autopatch.precision import Precision
@@ -37,9 +37,15 @@ class Status:
     versions: dict[str, str]
 
     def __str__(self) -> str:
+        return "\n".join(f"{name:12} {value}" for name, value in self._rows())
+
+    def _repr_html_(self) -> str:
+        return tables.html(self._rows(), False)
+
+    def _rows(self) -> list[tuple[str, str]]:
         rows = {**vars(self), "versions": ", ".join(f"{k} {v}" for k, v in self.versions.items())}
         rows["norms"] = self.norms and ", ".join(self.norms)
-        return "\n".join(f"{name:12} {value}" for name, value in rows.items())
+        return [(name, str(value)) for name, value in rows.items()]
 
 
 def status() -> Status:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpln_autopatch import exemption, forward, state
+from lpln_autopatch import exemption, forward, state, tables
 from lpln_autopatch.exchange import is_torchs_own
 from lpln_autopatch.norms import FUNCTIONS
 from lpln_autopatch.surgery import check_is_module, is_under_surgery, runs_torchs_forward
@@ -73,20 +73,12 @@ class Report:
         return sum(row.calls for row in self.rows if row.lowered)
 
     def __str__(self) -> str:
-        table = [("name", "norm", "calls", "input", "output", "lowered", "reason")]
-        for row in self.rows:
-            given, got = (str(d or "-")[6:] or "-" for d in (row.input_dtype, row.output_dtype))
-            lowered, name = "yes" if row.lowered else "no", row.name or "(the model)"
-            table.append((name, row.norm, str(row.calls), given, got, lowered, row.reason))
-        mode = "training" if self.training else "evaluation"
-        last = f"The model ran in {mode} mode, and is left in it.\n"
-        last += f"{self.lowered} of {self.calls} norm calls are lowered"
-        if self.training is None:
-            table = [(name, norm, mark) for name, norm, *_, mark in table]  # type: ignore[misc]
-            last = "Nothing was run. Only running tells what is lowered: report(model, *inputs)"
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
-        return "\n".join([*lines, "", last])
+        table, below = tables.of_report(self)
+        return f"{tables.text(table)}\n\n{below}"
+
+    def _repr_html_(self) -> str:
+        table, below = tables.of_report(self)
+        return tables.html(table, True, below)
 
 
 def report(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Report:
@@ -110,6 +102,7 @@ def report(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Report:
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
+        Exception: what `model` raises, with a note: the norm calls until then, and what to exempt.
     """
     check_is_module(model, "report")
     model = uncompiled(model)
@@ -117,19 +110,20 @@ def report(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Report:
     if not args and not kwargs:
         return Report(tuple(_norms(names)), None)
     training = model.training
-    recorder = _Recorder(names)
-    with _one_at_a_time, compiled_code_runs_eagerly(), recorder.in_place():
+    recorder = Recorder(names)
+    noted = tables.failure_noted(recorder)
+    with _one_at_a_time, compiled_code_runs_eagerly(), noted, recorder.in_place():
         model(*args, **kwargs)
-    rows = [dataclasses.replace(row, calls=calls) for row, calls in recorder.rows.items()]
     uncalled = {module: name for module, name in names.items() if module not in recorder.called}
-    return Report((*rows, *_norms(uncalled, "not called")), training)
+    return Report((*recorder.counted(), *_norms(uncalled, "not called")), training)
 
 
-class _Recorder:
+class Recorder:
     """Sees the norm calls of this thread, in modules that have these names."""
 
     def __init__(self, names: Mapping[torch.nn.Module, str]) -> None:
         self.rows: Counter[Row] = Counter()  # and the calls of each
+        self.last: Row | None = None
         self.called: set[torch.nn.Module] = set()
         self._names = names
         self._thread: int | None = threading.get_ident()
@@ -206,7 +200,12 @@ class _Recorder:
             lowered, reason = True, by or "another patcher"
         elif not lowered:
             reason = decision if isinstance(decision, str) else f"another patcher gives {got}"
-        self.rows[Row(self._running[-1][1], norm, 0, given, got, lowered, reason)] += 1
+        self.last = Row(self._running[-1][1], norm, 0, given, got, lowered, reason)
+        self.rows[self.last] += 1
+
+    def counted(self) -> tuple[Row, ...]:
+        """Return the rows with their calls."""
+        return tuple(dataclasses.replace(row, calls=n) for row, n in self.rows.items())
 
 
 def _decide(lowering: Any, norm: str, x: object, weight: Any) -> torch.dtype | str:

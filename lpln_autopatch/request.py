@@ -37,6 +37,9 @@ class Request:
     source: str
     lowering: Lowering
 
+    def __str__(self) -> str:
+        return f"{', '.join(self.norms)}: precision {self.precision}, backend {self.backend}"
+
     @classmethod
     def parse(cls, precision: object, backend: str, norms: object, source: str) -> Request:
         """The request that these names make, or what `enable` raises."""

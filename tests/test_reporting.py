@@ -539,3 +539,81 @@ def test_report_goes_on_where_a_function_is_no_python_function():
         print(lpln_autopatch.report(torch.nn.LayerNorm(8), torch.randn(2, 8)).calls)
     """
     assert run_forked("-c", textwrap.dedent(code)).stdout == "1\n"
+
+
+class Fails(torch.nn.Module):
+    """Its head takes float32, which a stock norm gives it."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.LayerNorm(8))
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        f = self.blocks(x)
+        with autocast(enabled=False):
+            return self.head(f)
+
+
+def test_model_that_raises_is_noted_on_its_own_exception():
+    """Its norm calls so far, the norm whose output came last, and what to exempt."""
+    model = Fails()
+    with pytest.raises(RuntimeError) as raised:
+        lowered_report(model)
+    (note,) = raised.value.__notes__
+    assert note.splitlines() == [
+        "lpln_autopatch: the norm calls until then:",
+        "name      norm        calls  input     output    lowered  reason",
+        "blocks.0  layer_norm  1      float32   bfloat16  yes",
+        "blocks.1  layer_norm  1      bfloat16  bfloat16  yes",
+        "2 of 2 norm calls are lowered. The last norm that returned is blocks.1, in bfloat16. "
+        "If what failed takes float32 alone, keep that norm stock: "
+        "exempt(model.get_submodule('blocks.1')), or LPLN_EXEMPT=blocks.1.",
+    ]
+    # On the CPU a stock norm gives bfloat16 for bfloat16.
+    exempt(model.blocks)
+    assert lowered_report(model).calls == 2
+
+
+def test_note_advises_what_it_knows():
+    """No norm, a stock norm, and a model that is a norm: no advice that does not apply."""
+    with pytest.raises(ArithmeticError) as raised:
+        lowered_report(Raises())
+    expected = "lpln_autopatch: no norm had returned when this was raised."
+    assert raised.value.__notes__ == [expected]
+    with pytest.raises(ArithmeticError) as raised:
+        lowered_report(torch.nn.Sequential(exempt(torch.nn.LayerNorm(8)), Raises()))
+    assert raised.value.__notes__[0].endswith("The last norm that returned is 0, in float32.")
+
+    class Norm(torch.nn.LayerNorm):
+        def forward(self, x):
+            raise ArithmeticError(super().forward(x).dtype)
+
+    with pytest.raises(ArithmeticError) as raised:
+        lowered_report(Norm(8))
+    assert raised.value.__notes__[0].endswith("keep that norm stock: exempt(model).")
+
+
+def test_notebook_shows_tables():
+    """A cell for each value, escaped; what stands below the table too."""
+    model = torch.nn.Sequential(torch.nn.LayerNorm(8), exempt(torch.nn.LayerNorm(8)))
+    shown = lowered_report(model)._repr_html_()
+    assert shown.startswith("<table>\n<tr><th ")
+    for cell in ("name", "layer_norm", "bfloat16", "yes", "exempt"):
+        assert f">{cell}<" in shown
+    assert shown.endswith("<div>1 of 2 norm calls are lowered</div>")
+    assert "<div>Nothing was run." in report(model)._repr_html_()
+    with low_precision_layernorm():
+        shown = lpln_autopatch.status()._repr_html_()
+    assert ">precision</td>" in shown
+    assert ">amp</td>" in shown
+
+
+def test_enable_shows_a_sentence():
+    """What a notebook shows below a cell that ends with it."""
+    assert repr(lpln_autopatch.enable("bf16")) == (
+        "Lowered under autocast: layer_norm: precision amp_bf16, backend native. "
+        "lpln_autopatch.disable() ends that."
+    )
+    with pytest.warns(lpln_autopatch.NoEffectWarning):
+        assert repr(lpln_autopatch.enable("fp32")) == "Nothing is lowered."
