@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["run"]:
         return launcher.main(arguments[1:], _PROGRAM)
     if arguments[:1] == ["bench"]:
+        if _PROGRAM == "lpln":  # `python -m` looks for modules in this folder, too
+            sys.path.insert(0, "")
         # Not argparse's subcommands: the benchmark has a parser, and imports, of its own.
         return int(import_module("lpln_autopatch.bench.suites").main(arguments[1:]))
     parser = _Parser(

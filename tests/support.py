@@ -74,7 +74,7 @@ class Small(torch.nn.Sequential):
     def forward(self, x):
         return types.SimpleNamespace(loss=super().forward(x).sum())
 
-    def make_batch(self, model, items, length, device):
+    def make_batch(self, items, length, device):
         return {"x": torch.randn(4, 8, device=device)}
 
 def make():
@@ -82,6 +82,22 @@ def make():
 
 def fails():
     return torch.nn.Linear(8, 8)
+
+class Unfed(Small):
+    def make_batch(self, items, length, device):
+        return {"x": self.missing}
+
+def unfed():
+    return Unfed(torch.nn.LayerNorm(8))
+
+class Configured(torch.nn.Linear):
+    config = types.SimpleNamespace()
+
+def configured():
+    return Configured(8, 8)
+
+def needs():
+    import no_such_dependency
 
 def bare():
     return Small(torch.nn.Linear(8, 8))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import itertools
 import json
 import math
 import sys
+import time
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -312,7 +315,7 @@ def test_contenders_take_turns():
 
         progress = mock.Mock()
         clock = mock.Mock(side_effect=lambda: calls.append(">") or len(calls))
-        with mock.patch.object(timing.time, "perf_counter", clock):
+        with mock.patch.multiple(timing.time, perf_counter=clock, thread_time=clock):
             timing.interleave(entries, CPU, 12, progress)
         assert progress.update.call_count == 12
         # A call between two looks at the clock.
@@ -519,3 +522,62 @@ def test_error_prints_every_contender():
     assert len(lowered) == len(composer) == 8
     for ours, theirs in zip(lowered, composer, strict=True):
         assert all(o <= t for o, t in zip(ours, theirs, strict=True))
+
+
+@needs_extra
+def test_plot_is_sorted_and_its_labels_are_short(tmp_path, monkeypatch):
+    """The least of the first contender is on top, and labels have what tells cases apart."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    rows = [
+        Row({"model": model, "mode": "eager", "batch": batch}, name, {"kept / stock": ratio})
+        for model, batch, ratio in (("a", 8, 0.9), ("b", 8, 0.7), ("c", 64, 0.8))
+        for name in ("stock", "native")
+    ]
+    plot(tmp_path / "x.png", "heading", {"count": rows})
+    (panel,) = drawn[0].axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["b", "c", "a"]
+    assert [line.get_xdata()[0] for line in panel.lines[:3]] == [0.9, 0.7, 0.8]
+    assert [line.get_ydata()[0] for line in panel.lines[:3]] == [2, 0, 1]
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["native"]
+
+
+@pytest.mark.parametrize(("seconds", "is_busy"), [(0.0, True), (9.0, False)])
+def test_busy_machine_is_said(seconds, is_busy, monkeypatch, capsys):
+    """A thread that had little of ten seconds waited for a core; on a GPU it waits for that."""
+    for device in (CPU, torch.device("cuda")):
+        clocks = {"perf_counter": iter([0.0, 10.0]), "thread_time": iter([0.0, seconds])}
+        for name, values in clocks.items():
+            monkeypatch.setattr(timing.time, name, functools.partial(next, values))
+        with timing.warns_where_it_is_busy("call", device):
+            pass
+        said = capsys.readouterr().err
+        assert ("call: the machine is busy" in said) == (is_busy and device == CPU)
+
+
+def test_one_thread_of_a_cpu_is_timed_by_its_own_time(monkeypatch):
+    """What other processes take of the core is not counted: sleeping costs nothing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    entry = Entry("sleeps", contextlib.nullcontext, lambda: time.sleep(0.02))
+    timing.interleave([entry], CPU, 2, types.SimpleNamespace(update=lambda: None))
+    torch.set_num_threads(threads)
+    assert max(entry.seconds) < 0.01
+
+
+def test_help_lists_the_models(capsys):
+    """Each name that --models takes, and what a model of one's own needs."""
+    with pytest.raises(SystemExit, match="0"):
+        suites.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in (
+        "bert-base",
+        "llama-1b",
+        "roberta-base",
+        "mvitv2_tiny",
+        "make_batch(self, items, ",
+    ):
+        assert name in shown

@@ -8,9 +8,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+MAKE_BATCH = (
+    "make_batch(self, items, length, device), a method that gives the arguments of its forward by "
+    "name, such as {'x': torch.randn(items, 3, 224, 224, device=device)}"
+)
+"""What makes the batches of a model that is neither timm's nor transformers'."""
+
 
 def batch_of(model: Any, items: int, length: int, device: str | torch.device) -> dict[str, Any]:
-    """The arguments of the forward of `model`, of timm's and transformers', by name."""
+    """The arguments of the forward of `model`, of timm's, transformers' or its own, by name."""
+    if hasattr(model, "make_batch"):
+        own: dict[str, Any] = model.make_batch(items, length, device)
+        return own
 
     def integers(*shape: int) -> torch.Tensor:
         return torch.randint(2, shape, device=device)
@@ -34,6 +43,21 @@ def batch_of(model: Any, items: int, length: int, device: str | torch.device) ->
         sound = numbers(items, config.num_mel_bins, 2 * config.max_source_positions)
         return {"input_features": sound, "labels": integers(items, length)}
     return {"input_ids": integers(items, length), "labels": integers(items, length)}
+
+
+def why_not_fed(model: Any) -> str | None:
+    """Why no batch can be made for `model`, in a line, or None."""
+    own = hasattr(model, "make_batch")
+    if not own and not hasattr(model, "config") and not hasattr(model, "pretrained_cfg"):
+        return f"{type(model).__name__} has no {MAKE_BATCH}"
+    try:
+        batch_of(model, 1, 1, "meta")
+    except Exception as error:  # the user's code may raise anything
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        if own:
+            return f"its make_batch fails: {why}"
+        return f"its inputs cannot be made ({why}); give it {MAKE_BATCH}"
+    return None
 
 
 def loss_of(output: Any) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """One call of LayerNorm: what a call costs, and its error; and what a block around it costs.
 
-Wall time on one thread, from the start of a turn to the end of all that it launched.
+On one thread, from the start of a turn to the end of all that it launched: on a CPU the thread's
+own time, on a GPU wall time.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ def contenders_on(device: torch.device) -> list[Contender]:
 
 def run(options: Namespace, progress: Progress) -> list[Row]:
     """Time every contender: two shapes, each with float32 x and with x in the autocast dtype."""
+    with timing.warns_where_it_is_busy("call", options.device):
+        return _rows(options, progress)
+
+
+def _rows(options: Namespace, progress: Progress) -> list[Row]:
     shapes = SMALL, LARGE if options.device.type == "cpu" else LARGE_ON_A_GPU
     mixed = options.device.type != "cpu" or CPU_TAKES_MIXED_DTYPES
     cases = [

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lpln_autopatch.bench import compiled, counting, emulated, zoo
-from lpln_autopatch.bench.batches import loss_of
+from lpln_autopatch.bench.batches import MAKE_BATCH, loss_of, why_not_fed
 from lpln_autopatch.bench.contenders import STOCK, Contender, of_models, sift
 from lpln_autopatch.bench.results import Row, not_measured
 from lpln_autopatch.bench.timing import Progress
@@ -43,11 +43,11 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
     try:
         emulated.add_device()
         cases = zoo.cases(options, rows)
-        progress.expect(len(cases), len(cases))
+        steps = [len(of_models(str(case["mode"]), str(case["norms"]))) for case, *_ in cases]
+        progress.expect(len(cases), sum(steps))
         for case, entry, dtype in cases:
             progress.case(case["model"], case["mode"], case["autocast"])
-            rows += _count(case, entry, dtype)
-            progress.update()
+            rows += _count(case, entry, dtype, progress)
         if cases and not any(row.figures for row in rows):
             last = rows[-1]
             raise zoo.WrongModel(f"{last.case['model']} cannot be counted: {last.reason}")
@@ -57,12 +57,17 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
     return rows
 
 
-def _count(case: dict[str, object], entry: zoo.Entry, dtype: torch.dtype) -> list[Row]:
+def _count(
+    case: dict[str, object], entry: zoo.Entry, dtype: torch.dtype, progress: Progress
+) -> list[Row]:
     """Count a step of a model by every contender."""
     mode, model = str(case["mode"]), entry.build()
+    if (why := why_not_fed(model)) is not None:
+        return [Row(case, STOCK.name, reason=why)]
     measure = compiled.count if mode == "compiled" else _eager
 
     def check(contender: Contender) -> dict[str, Any]:
+        progress.step(contender.name)
         if contender.name == "fused":
             raise ImportError("Triton's kernels need a GPU: they do not run without data")
         with contender.applied(model):
@@ -70,7 +75,9 @@ def _count(case: dict[str, object], entry: zoo.Entry, dtype: torch.dtype) -> lis
 
     passed, reasons = sift(of_models(mode, str(case["norms"])), check)
     if STOCK not in passed:
-        return [Row(case, STOCK.name, reason=reasons[STOCK])]
+        own = hasattr(model, "make_batch")
+        hint = "" if own else f". If it needs other inputs, give it {MAKE_BATCH}"
+        return [Row(case, STOCK.name, reason=reasons[STOCK] + hint)]
     for figures in passed.values():
         for what in ("kept", "moved", "peak", "least_ms"):
             if figures.get(what):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,8 @@ def plot(file: Path, heading: str, suites: Mapping[str, list[Row]]) -> None:
             _draw_curves(axes, rows, colors)
         else:
             _draw_ratios(axes, rows, what, colors)
+    drawn = {row.contender for rows in panels.values() for row in rows}
+    names = [name for name in names if name in drawn]
     handles = [Line2D([], [], color=colors[name], marker="o", label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize="small")
     figure.savefig(file, format="png")
@@ -132,8 +135,11 @@ def plot(file: Path, heading: str, suites: Mapping[str, list[Row]]) -> None:
 def _draw_ratios(axes: Any, rows: Sequence[Row], name: str, colors: Mapping[str, Any]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    cases = list(dict.fromkeys(row.title for row in rows))
     contenders = list(dict.fromkeys(row.contender for row in rows))
+    # The first contender's least on top.
+    first = {r.title: _middle(r.figures[name]) for r in rows if r.contender == contenders[0]}
+    titles = dict.fromkeys(row.title for row in rows)
+    cases = sorted(titles, key=lambda title: first.get(title, math.inf))
     for row in rows:
         ratio: Any = row.figures[name]
         q = ratio if isinstance(ratio, Quartiles) else Quartiles(ratio, ratio, ratio)
@@ -142,8 +148,15 @@ def _draw_ratios(axes: Any, rows: Sequence[Row], name: str, colors: Mapping[str,
         y, color = cases.index(row.title) + aside, colors[row.contender]
         axes.errorbar(q.median, y, xerr=around, fmt="o", ms=4, color=color)
     axes.axvline(1, color="grey", linewidth=1)
-    labels = {row.title: ", ".join(map(str, row.case.values())) for row in rows}
-    axes.set_yticks(range(len(cases)), labels.values(), fontsize="small")
+    # What all cases have in common would only make the labels long.
+    aspects = dict.fromkeys(aspect for row in rows for aspect in row.case)
+    varied = [a for a in aspects if len({str(row.case.get(a)) for row in rows}) > 1] or list(
+        aspects
+    )
+    if "model" in varied:  # each has a batch of its own
+        varied = [aspect for aspect in varied if aspect not in ("batch", "norms", "of")]
+    labels = {r.title: ", ".join(str(r.case[a]) for a in varied if a in r.case) for r in rows}
+    axes.set_yticks(range(len(cases)), [labels[case] for case in cases], fontsize="small")
     axes.invert_yaxis()
     # Half and double are as far from 1.
     axes.set_xscale("log")
@@ -151,6 +164,10 @@ def _draw_ratios(axes: Any, rows: Sequence[Row], name: str, colors: Mapping[str,
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("left of 1: less than stock")
+
+
+def _middle(figure: Figure) -> float:
+    return figure.median if isinstance(figure, Quartiles) else float(figure)
 
 
 def _draw_curves(axes: Any, rows: Sequence[Row], colors: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import sys
+import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -21,6 +22,7 @@ from importlib_metadata import PackageNotFoundError, version
 
 from lpln_autopatch import disable, status
 from lpln_autopatch.bench import results
+from lpln_autopatch.bench.batches import MAKE_BATCH
 from lpln_autopatch.bench.timing import Progress
 from lpln_autopatch.request import parse_norms
 from lpln_autopatch.torch_compat import CAN_COUNT
@@ -92,7 +94,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     parser = Parser(
         prog="python -m lpln_autopatch bench",
         description="Measure norms, stock and lowered.",
-        epilog="\n".join(["suites:", *(f"  {name:8} {what}" for name, what in SUITES.items())]),
+        epilog=_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -115,7 +117,7 @@ def parse(argv: Sequence[str]) -> Namespace:
         add(f"--{name}", help=f"{suites}: {help}", **how)
         suites_of[name] = suites.split(", ")
 
-    add_for("count, step", "models", "see the docs", nargs="+", metavar="MODEL")
+    add_for("count, step", "models", "see below", nargs="+", metavar="MODEL")
     modes = ["eager", "compiled"]
     add_for("count, step", "modes", "default: eager", nargs="+", choices=modes)
     add_for("count, step", "norms", "layer_norm, all, ...; default: by the model")
@@ -132,6 +134,15 @@ def parse(argv: Sequence[str]) -> Namespace:
     options.dtypes = [getattr(torch, name) for name in options.dtypes or ()]
     options.device = usable_device(options.device)
     return options
+
+
+def _epilog() -> str:
+    suites = (f"  {name:8} {what}" for name, what in SUITES.items())
+    zoo: Any = import_module("lpln_autopatch.bench.zoo")
+    names = f"{', '.join(zoo.MODELS)} (the default); {', '.join(zoo.MORE)}; all of them: all; "
+    names += "timm:NAME, transformers:CONFIG, or MODULE:FUNCTION, which gives a model that has "
+    models = textwrap.wrap(names + MAKE_BATCH, 76, break_on_hyphens=False)
+    return "\n".join(["suites:", *suites, "models:", *(f"  {line}" for line in models)])
 
 
 def _refuse_suites(parser: Parser, options: Namespace, suites_of: dict[str, list[str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import platform
@@ -9,7 +10,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -45,6 +46,11 @@ class Progress:
         if self.bar.disable:
             print(f"{name} ({self.begun} of {self.cases})", file=sys.stderr)
 
+    def step(self, name: str) -> None:
+        """A step of the case begins: the bar names it."""
+        self.bar.set_postfix_str(name)
+        self.bar.update()
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -74,18 +80,22 @@ def interleave(
 
     Each round has an order of its own, the same in every run: what an entry leaves in caches and
     allocators meets every other. In each turn one call goes before the clock starts, and the clock
-    stops when `device` has done all that the turn launched.
+    stops when `device` has done all that the turn launched. On one thread of a CPU it is that of
+    the thread, which other processes do not make longer.
     """
+    on_one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+    is_fine = time.get_clock_info("thread_time").resolution < 1e-6  # on Windows 16 ms
+    clock = time.thread_time if on_one_thread and is_fine else time.perf_counter
 
     def turn(entry: Entry, calls: int) -> float:
         with entry.context():
             entry.call()
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls):
                 entry.call()
             synchronize(device)
-            return (time.perf_counter() - start) / calls
+            return (clock() - start) / calls
 
     seconds = TURN_SECONDS if device.type == "cpu" else TURN_SECONDS_OF_A_GPU
     calls = max(1, int(seconds / max(turn(entry, 1) for entry in entries)))
@@ -94,6 +104,23 @@ def interleave(
         for entry in shuffled.sample(entries, len(entries)):
             entry.seconds.append(turn(entry, calls))
         progress.update()
+
+
+@contextlib.contextmanager
+def warns_where_it_is_busy(suite: str, device: torch.device) -> Iterator[None]:
+    """Say on stderr if this thread had to wait for a core: its caches were others' meanwhile.
+
+    Not where it waits for a device other than the CPU.
+    """
+    wall, own = time.perf_counter(), time.thread_time()
+    yield
+    share = (time.thread_time() - own) / (time.perf_counter() - wall)
+    if share < 0.8 and device.type == "cpu":
+        print(
+            f"{suite}: the machine is busy: this thread had {share:.0%} of a core. Its figures "
+            "mean little.",
+            file=sys.stderr,
+        )
 
 
 def keep_freed_memory() -> None:

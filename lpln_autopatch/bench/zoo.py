@@ -46,6 +46,8 @@ class Entry:
                     model = getattr(import_module(library), name)(**self.config)
         except ModuleNotFoundError as error:
             why = f"{error.name} is not installed: pip install 'lpln_autopatch[count]'"
+            if error.name not in (None, "timm", "transformers", "diffusers"):
+                why = f"there is no module {error.name!r} in this folder, nor on PYTHONPATH"
             # transformers names no package where one of its own modules cannot be imported.
             why = why if error.name else str(error).splitlines()[0]
             raise WrongModel(f"{self.source}: {why}") from error
@@ -57,9 +59,7 @@ class Entry:
 
     def batch_on(self, model: torch.nn.Module, device: str | torch.device) -> dict[str, Any]:
         """What the forward of `model` takes, by the names of its arguments, on `device`."""
-        make = getattr(model, "make_batch", batch_of)
-        batch: dict[str, Any] = make(model, self.batch, self.length, device)
-        return batch
+        return batch_of(model, self.batch, self.length, device)
 
 
 def _words(config: Mapping[str, Any]) -> Iterator[str]:
@@ -106,7 +106,7 @@ def dit_xl_2(**config: Any) -> torch.nn.Module:
     sizes |= {"in_channels": 4, "out_channels": 8, "sample_size": 32, **config}
     model: Any = import_module("diffusers").DiTTransformer2DModel(**sizes)
 
-    def make_batch(model: Any, items: int, length: int, device: str) -> dict[str, Any]:
+    def make_batch(items: int, length: int, device: str) -> dict[str, Any]:
         latents = torch.randn(items, 4, 32, 32, device=device)
         numbers = torch.randint(1000, (items,), device=device)
         return {"hidden_states": latents, "timestep": numbers, "class_labels": numbers}
@@ -121,7 +121,7 @@ def stable_diffusion_unet(**config: Any) -> torch.nn.Module:
     sizes = {"sample_size": 64, "cross_attention_dim": 768, **config}
     model: Any = import_module("diffusers").UNet2DConditionModel(**sizes)
 
-    def make_batch(model: Any, items: int, length: int, device: str) -> dict[str, Any]:
+    def make_batch(items: int, length: int, device: str) -> dict[str, Any]:
         latents = torch.randn(items, 4, 64, 64, device=device)
         numbers = torch.randint(1000, (items,), device=device)
         text = torch.randn(items, 77, 768, device=device)
