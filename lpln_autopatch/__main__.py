@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -46,7 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     # What it imports, backends of other packages too, may print.
     with contextlib.redirect_stdout(sys.stderr):
         found = doctor.diagnose()
-    print(json.dumps(found, indent=2) if options.json else doctor.text(found))
+    try:
+        print(json.dumps(found, indent=2) if options.json else doctor.text(found), flush=True)
+    except BrokenPipeError:  # whoever reads, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if found["problem"] is None else 1
 
 

@@ -32,7 +32,8 @@ def diagnose() -> dict[str, Any]:
         What `--json` writes: versions; environment, the variables that matter, None where unset;
         precision, backend, norms, source and installed as in `Status`; acted, the route that
         activated, or None; routes and backends, each "usable" or not, and why not or what it is as
-        "detail"; devices; problem, why LPLN_PRECISION lowers nothing or what fails, or None.
+        "detail"; devices; advice, a list of sentences; problem, why LPLN_PRECISION lowers nothing
+        or what fails, or None.
     """
     found: dict[str, Any] = {
         "versions": {"python": platform.python_version()},
@@ -42,6 +43,7 @@ def diagnose() -> dict[str, Any]:
         "routes": {},
         "backends": {},
         "devices": [],
+        "advice": _advice(),
     }
     try:
         names = ("lpln_autopatch", "torch", "wrapt")
@@ -52,10 +54,13 @@ def diagnose() -> dict[str, Any]:
         from lpln_autopatch import backends, status, torch_compat
 
         now = {**vars(status()), "acted": autoload.acted}
-        found |= {name: now[name] for name in _IN_FORCE}
+        found |= {name: now[name] for name in ("versions", *_IN_FORCE)}
         found["routes"] = _routes()
-        found["backends"] = {name: _backend(name) for name in ("auto", *backends.names())}
         found["devices"] = torch_compat.devices()
+        found["backends"] = {name: _backend(name) for name in ("auto", *backends.names())}
+        if found["backends"]["fused"]["usable"] and found["devices"] == ["cpu"]:
+            detail = "there is no GPU here: on a CPU every call goes to native"
+            found["backends"]["fused"] = _finding(False, detail)
         if autoload.is_set():
             found["problem"] = _problem(found)
     except SystemExit as error:  # our own, at a wrong variable
@@ -81,7 +86,7 @@ def text(found: dict[str, Any]) -> str:
                 word = "yes" if value["usable"] else "no"
                 value = f"{word}: {value['detail']}" if value["detail"] else word
             lines.append(f"  {name:30} {'-' if value is None else value}".rstrip())
-    return "\n".join([*lines, "", _verdict(found)])
+    return "\n".join([*lines, "", *found["advice"], _verdict(found)])
 
 
 def _verdict(found: dict[str, Any]) -> str:
@@ -98,6 +103,17 @@ def _verdict(found: dict[str, Any]) -> str:
         by = f"the route {found['acted']}"
     outcome, never = ("lowered", "") if precision.ever_engages else ("stock", " never engages")
     return f"{norms} {verb} {outcome}: precision {precision}{never}, by {by}."
+
+
+def _advice() -> list[str]:
+    """What to do about variables that say nothing, or cannot be checked here."""
+    advice = [autoload.mistake()]
+    if os.environ.get("LPLN_EXEMPT"):
+        advice.append(
+            "LPLN_EXEMPT is matched when a program makes its modules: LPLN_SUMMARY=1 names at exit "
+            "what matched none."
+        )
+    return [sentence for sentence in advice if sentence]
 
 
 def _finding(usable: bool, detail: str = "") -> dict[str, Any]:
@@ -139,7 +155,7 @@ def _why_no_sitecustomize() -> str:
         return ""
     other = getattr(module, "__file__", None)
     found = f": {other} is the one that Python found" if other else ""
-    return f"sitecustomize_example is not first on PYTHONPATH{found}"
+    return f"sitecustomize_example is not first on PYTHONPATH, nor is lpln run's{found}"
 
 
 def _why_no_autowrapt() -> str:

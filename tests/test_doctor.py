@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import sys
 import types
 
 import pytest
+import torch
 from support import A_ROUTE, add_distribution, run_python
 
 import lpln_autopatch
@@ -266,3 +269,42 @@ def test_version_is_printed(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"lpln_autopatch {lpln_autopatch.__version__}\n"
+
+
+def test_versions_are_those_of_status():
+    """The build of torch is in them, as "+cpu"."""
+    _, found = doctor(**A_ROUTE)
+    assert found["versions"] == lpln_autopatch.status().versions
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU; CI has none")
+def test_fused_is_of_no_use_on_a_cpu():
+    """It loads where Triton is, but hands every call to native."""
+    _, found = doctor(**A_ROUTE)
+    assert found["devices"] == ["cpu"]
+    assert not found["backends"]["fused"]["usable"]
+    if importlib.util.find_spec("triton") and TORCH_VERSION >= (2, 6):
+        assert "on a CPU every call goes to native" in found["backends"]["fused"]["detail"]
+
+
+def test_mistakes_are_advised_of():
+    """Variables that say nothing, and names that only a program can match, in both outputs."""
+    result = run_python("-m", "lpln_autopatch", LPLN_BACKED="lean", LPLN_PRECISION="amp", **A_ROUTE)
+    advice, verdict = result.stdout.splitlines()[-2:]
+    assert advice == "LPLN_BACKED has no effect: did you mean LPLN_BACKEND?"
+    assert verdict.startswith("LayerNorm is lowered")
+    if TORCH_VERSION >= (2, 0):
+        _, found = doctor(LPLN_EXEMPT="head", LPLN_PRECISION="amp", **A_ROUTE)
+        (advice,) = found["advice"]
+        assert "LPLN_SUMMARY=1 names at exit what matched none" in advice
+
+
+def test_reader_that_has_enough_is_no_error(monkeypatch):
+    """`| head`: no traceback, and the exit status is the doctor's."""
+    monkeypatch.setattr("lpln_autopatch.doctor.diagnose", lambda: {"problem": None})
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["--json"]) == 0
+        print("nobody reads this", flush=True)
