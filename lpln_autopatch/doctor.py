@@ -22,7 +22,12 @@ VARIABLES = (
     "PYTHONPATH",
 )
 _IN_FORCE = ("precision", "backend", "norms", "source", "installed", "acted")
-_MODULES = {"layer_norm": "LayerNorm", "group_norm": "GroupNorm", "rms_norm": "RMSNorm"}
+_MODULES = {
+    "layer_norm": "LayerNorm",
+    "group_norm": "GroupNorm",
+    "rms_norm": "RMSNorm",
+    "hand_written": "hand-written norms",
+}
 
 
 def diagnose() -> dict[str, Any]:
@@ -214,6 +219,8 @@ def _why_stock(precision: Precision, norms: Sequence[str]) -> str | None:
 
     dtype = torch.bfloat16 if precision.engages(torch.bfloat16) else torch.float16
     for norm in norms:
+        if norm == "hand_written":  # no module of torch.nn
+            continue
         name = _MODULES[norm]
         module = getattr(torch.nn, name)(*([2] if norm == "group_norm" else []), 8)
         with warnings.catch_warnings(), torch.autocast("cpu", dtype=dtype):

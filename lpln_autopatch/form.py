@@ -78,9 +78,9 @@ def _rows(form: Form, x: Tensor) -> Tensor:
 
 
 def eps_of(form: Form, run: Run) -> float:
-    """Return eps, from dx of a row of zeros: that is dy * weight / sqrt(eps), or 0 if there is none.
+    """Return eps, or 0 if there is none.
 
-    LayerNorm takes the mean of it off.
+    It follows from dx of a row of zeros, dy * weight / sqrt(eps), less its mean for LayerNorm.
     """
     dy = _rows(form, run.dy) * scale_of(form, run).detach()
     dx = _rows(form, run.gradients[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,18 +14,17 @@ from lpln_autopatch.backends import native
 from lpln_autopatch.backends.autograd import DTYPES
 from lpln_autopatch.backends.protocol import Affine
 from lpln_autopatch.exemption import is_marked, run_stock
-from lpln_autopatch.forward import HAND_WRITTEN, decide, run_backend
 from lpln_autopatch.form import Form
-from lpln_autopatch.torch_compat import never_a_frame_of_its_own, run_while_compiling
+from lpln_autopatch.forward import HAND_WRITTEN, decide, run_backend
+from lpln_autopatch.torch_compat import is_tracing, never_a_frame_of_its_own, run_while_compiling
 
 _forwards: list[kinds.Forward] = []  # each has a number, which is a constant for Dynamo
 
 
 def replacement(function: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
     """Return what `function`, the forward of a class, runs while it is exchanged."""
-    number = len(_forwards)
-    found = kinds.Forward(function, stock)
-    _forwards.append(found)
+    number = _number_of(function)
+    found = _forwards[number] = kinds.Forward(function, stock)
 
     def forward_of_a_class(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         lowering = forward.active
@@ -47,9 +47,7 @@ def decide_form(
     decision = decide(lowering, HAND_WRITTEN, x, None)
     if isinstance(decision, str):
         return decision, None
-    names = _names(number, type(module))
-    values = tuple([kinds.describe(getattr(module, name, None)) for name in names])
-    form = _form(number, type(module), values, x.ndim)
+    form = _form_for(number, module, x)
     if isinstance(form, str):
         return f"not recognised: {form}", None
     if form.size and x.shape[form.dim] != form.size:
@@ -64,12 +62,63 @@ def decide_form(
     return decision, form
 
 
+def is_norm(number: int, module: torch.nn.Module, x: Any) -> bool:
+    """Return True if a call is one of a norm. Nothing is tried while TorchScript traces."""
+    return isinstance(x, Tensor) and not is_tracing() and type(_form_for(number, module, x)) is Form
+
+
+def explain(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[str, torch.dtype | str]:
+    """Return the norm that a call of `module` computes by hand, or "", and what is decided of it.
+
+    Args:
+        module: It need not be exchanged.
+        args: What it is called with.
+        kwargs: Likewise, by name.
+    """
+    function = kinds.candidate(type(module))
+    if function is None:
+        return "", "calls no norm function of torch.nn.functional"
+    number = _number_of(function)
+    passed = inspect.signature(function).bind(module, *args, **kwargs)
+    passed.apply_defaults()
+    x = passed.args[1]
+    if not isinstance(x, Tensor):
+        return "", "the input is no tensor"
+    form = _form_for(number, module, x)
+    if isinstance(form, str):
+        return "", f"hand-written, and not recognised: {form}"
+    lowering = forward.active
+    if not lowering.norms:
+        return form.norm, "no precision is active"
+    if HAND_WRITTEN not in lowering.norms:
+        return form.norm, "hand-written: norms='hand_written' lowers it"
+    if is_marked(module):
+        return form.norm, "exempt"
+    if not _forwards[number].are_defaults(passed.args[2:], passed.kwargs):
+        return form.norm, "it gets more than one tensor"
+    return form.norm, decide_form(number, lowering, module, x)[0]
+
+
+def _number_of(function: Any) -> int:
+    numbers = (n for n, known in enumerate(_forwards) if known.function is function)
+    number = next(numbers, len(_forwards))
+    if number == len(_forwards):
+        _forwards.append(kinds.Forward(function, function))
+    return number
+
+
 def _fits(tensor: Tensor, x: Tensor) -> bool:
     """Return True if `tensor` broadcasts to the shape of x."""
     for n, size in zip(reversed(tensor.shape), reversed(x.shape)):  # noqa: B905
         if n not in (1, size):
             return False
     return tensor.ndim <= x.ndim
+
+
+def _form_for(number: int, module: torch.nn.Module, x: Tensor) -> Form | str:
+    names = _names(number, type(module))
+    values = tuple([kinds.describe(getattr(module, name, None)) for name in names])
+    return _form(number, type(module), values, x.ndim)
 
 
 @run_while_compiling
@@ -129,10 +178,7 @@ def _flat(tensor: Tensor | None) -> Tensor | None:
 
 def _descends(strides: Sequence[int]) -> bool:
     """Return True if contiguous output has its elements in the same order."""
-    for at in range(1, len(strides)):
-        if strides[at - 1] < strides[at]:
-            return False
-    return True
+    return all(strides[at - 1] >= strides[at] for at in range(1, len(strides)))
 
 
 def _operator(norm: str, weight: Tensor | None, bias: Tensor | None) -> native.Operator:

@@ -16,10 +16,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from lpln_autopatch import exemption
 from lpln_autopatch.form import Form
 from lpln_autopatch.recognition import Failed, recognise
 from lpln_autopatch.stand_in import EVERY_MODULES, NotANorm, Opaque, Shape
 from lpln_autopatch.torch_compat import is_dynamo_compiling, never_a_frame_of_its_own
+
+TRIAL = "a trial"
+"""Why calls are stock that a forward makes while it is tried."""
 
 _T = TypeVar("_T")
 
@@ -204,7 +208,7 @@ def in_a_thread(function: Callable[[], _T]) -> _T:
 
     def run() -> None:
         try:
-            results.append(function())
+            results.append(exemption.run_stock(TRIAL, function))
         except BaseException as error:
             errors.append(error)
 

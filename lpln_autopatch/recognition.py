@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lpln_autopatch.form import Form, Run, agrees, eps_of, every_form, gradients_of, scale_of
-from lpln_autopatch.stand_in import NotANorm, Shape, StandIn, State
+from lpln_autopatch.stand_in import NotANorm, Shape, StandIn, State, resized, sizes_in
 
 
 class Failed(NotANorm):
@@ -41,7 +41,7 @@ def recognise(cls: type, forward: Callable[..., Any], state: State) -> dict[int,
         raise NotANorm(f"it reads more than two tensors: {', '.join(shapes)}")
     results: list[dict[int, Form | NotANorm]] = []
     with _generator_kept():
-        for size in _sizes(state):
+        for size in sizes_in(state):
             results.append(_recognise(_Trials(cls, forward, state, size)))
             if any(isinstance(result, Form) for result in results[-1].values()):
                 return results[-1]
@@ -72,39 +72,6 @@ def _generator_kept() -> Iterator[None]:
     finally:
         if not torch.equal(before, torch.get_rng_state()):  # by a dropout
             torch.set_rng_state(before)
-
-
-def _sizes(state: State) -> list[int]:
-    """Return the sizes that the normalised dimension may have; 0 for any."""
-    shapes = [value for value in state.values() if isinstance(value, Shape)]
-    sizes = {next((n for n in reversed(shape) if n != 1), 1) for shape in shapes} - {1}
-    if sizes:
-        return list(sizes) if len(sizes) == 1 else []
-    found = [0]
-    for value in state.values():
-        last = value[-1] if isinstance(value, tuple) and value else value
-        if isinstance(last, float) and last > 0:
-            last = next((round(n) for n in (last**2, last**-2) if _is_close(n, round(n))), 0)
-        if type(last) is int and 1 < last <= 2**16 and last not in found:
-            found.append(last)
-    return found
-
-
-def _is_close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-6)
-
-
-def _resized(value: Any, size: int, new: int) -> Any:
-    """Return what `value`, in a module of `size` features, would be in one of `new` features."""
-    if isinstance(value, tuple):
-        last = max((i for i, n in enumerate(value) if type(n) is int and n == size), default=None)
-        return type(value)(new if i == last else n for i, n in enumerate(value))
-    if type(value) is int and value == size:
-        return new
-    if isinstance(value, float):
-        powers = (new**p for p in (0.5, -0.5, 1.0, -1.0) if _is_close(value, size**p))
-        return next(powers, value)
-    return value
 
 
 # The numbers of dimensions with what is normalised; the likeliest first.
@@ -163,7 +130,7 @@ class _Trials:
     def _module(self, size: int, training: bool, scale: float) -> tuple[StandIn, dict[str, Tensor]]:
         state = self._state
         if self._size:
-            state = {name: _resized(value, self._size, size) for name, value in state.items()}
+            state = resized(state, self._size, size)
         tensors: dict[str, Tensor] = {
             name: torch.nn.Parameter(scale * self._random(*value))
             for name, value in state.items()

@@ -113,6 +113,6 @@ def parse_norms(value: object) -> tuple[str, ...]:
     wrong = [name for name in names if name not in (*NAMES, "all")]
     if wrong or not names:
         what = f"{wrong[0]!r} is not a norm" if wrong else "no norm is named"
-        hint = "" if "rms_norm" in NAMES else " (rms_norm: from torch 2.4 on)"
+        hint = "" if "rms_norm" in NAMES else " (rms_norm, hand_written: from torch 2.4 on)"
         raise ValueError(f"{source}={value!r}: {what}. Valid: {', '.join(NAMES)}, all{hint}.")
     return tuple(name for name in NAMES if name in names or "all" in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,43 @@ class Opaque(str):
 
 State = Mapping[str, object]
 """What a forward may read from its module, by name: a `Shape`, an `Opaque`, or a plain value."""
+
+
+def sizes_in(state: State) -> list[int]:
+    """Return the sizes that the normalised dimension may have; 0 for any."""
+    shapes = [value for value in state.values() if isinstance(value, Shape)]
+    sizes = {next((n for n in reversed(shape) if n != 1), 1) for shape in shapes} - {1}
+    if sizes:
+        return list(sizes) if len(sizes) == 1 else []
+    found = [0]
+    for value in state.values():
+        last = value[-1] if isinstance(value, tuple) and value else value
+        if isinstance(last, float) and last > 0:
+            last = next((round(n) for n in (last**2, last**-2) if _is_close(n, round(n))), 0)
+        if type(last) is int and 1 < last <= 2**16 and last not in found:
+            found.append(last)
+    return found
+
+
+def _is_close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-6)
+
+
+def resized(state: State, size: int, new: int) -> State:
+    """Return the state that a module of `size` features would have with `new` ones."""
+    return {name: _resized(value, size, new) for name, value in state.items()}
+
+
+def _resized(value: Any, size: int, new: int) -> Any:
+    if isinstance(value, tuple):
+        last = max((i for i, n in enumerate(value) if type(n) is int and n == size), default=None)
+        return type(value)(new if i == last else n for i, n in enumerate(value))
+    if type(value) is int and value == size:
+        return new
+    if isinstance(value, float):
+        powers = (new**p for p in (0.5, -0.5, 1.0, -1.0) if _is_close(value, size**p))
+        return next(powers, value)
+    return value
 
 
 class NotANorm(Exception):

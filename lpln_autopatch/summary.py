@@ -7,14 +7,17 @@ runs: Dynamo makes them where it traces, and those are counted apart.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 from collections import Counter
 
 import torch
 
-from lpln_autopatch import exemption, norms, surgery
+from lpln_autopatch import exemption, forward, hand_written, kinds, norms, surgery
+from lpln_autopatch.form import Form
 from lpln_autopatch.forward import INTERCEPTED, Lowering, decide
+from lpln_autopatch.hand_written import decide_form
 from lpln_autopatch.torch_compat import (
     is_dynamo_compiling,
     never_a_frame_of_its_own,
@@ -42,14 +45,15 @@ def install(everything: bool, names: exemption.ByName | None) -> None:
     global _everything
     _everything = everything
     # In the place of the name, because a hook in the hot path would cost every program.
-    _decide_by(_counted)
+    _decide_by(_counted, _counted_form)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_forget)
     atexit.register(_print, names)
 
 
-def _decide_by(function: object) -> None:
+def _decide_by(function: object, of_forms: object) -> None:
     vars(norms)["decide"] = vars(surgery)["decide"] = function
+    vars(hand_written)["decide_form"] = of_forms
 
 
 def _counted(
@@ -58,18 +62,36 @@ def _counted(
     decision = decide(lowering, norm, x, weight)
     if is_dynamo_compiling():
         _count_traced(decision)
-    elif _counting and decision != INTERCEPTED:  # a mode or a subclass has it decided once more
-        calls[decision] += 1
-        if not _everything and not isinstance(decision, str):
-            _stop_counting()
+    elif _counting and exemption.why_stock() != kinds.TRIAL:
+        _count(decision)
     return decision
+
+
+def _counted_form(
+    number: int, lowering: Lowering, module: torch.nn.Module, x: torch.Tensor
+) -> tuple[torch.dtype | str, Form | None]:
+    decision, form = decide_form(number, lowering, module, x)
+    if is_dynamo_compiling():
+        if form is not None:
+            _count_traced(decision)
+    elif _counting and (form is not None or hand_written.is_norm(number, module, x)):
+        _count(decision)
+    return decision, form
+
+
+def _count(decision: torch.dtype | str) -> None:
+    if decision == INTERCEPTED:  # a mode or a subclass has it decided once more
+        return
+    calls[decision] += 1
+    if not _everything and not isinstance(decision, str):
+        _stop_counting()
 
 
 def _stop_counting() -> None:
     global _counting
     _counting = False
     if "torch._dynamo" not in sys.modules:  # or compiled code may guard on the name
-        _decide_by(decide)
+        _decide_by(decide, decide_form)
 
 
 @run_while_compiling
@@ -114,11 +136,27 @@ def _none_lowered() -> str | None:
     """Return the line about a process in which norms ran and none was lowered, or None."""
     both = calls + traced
     stock = _reasons(both)
-    if not stock or len(stock) < len(both):
+    if len(stock) < len(both):
         return None
+    by_hand = _modules_by_hand()
+    if not stock:
+        return by_hand and f"no norm was lowered: {by_hand}."
     n = calls.total()
     what = f"{n} norm call{'s'[: n > 1]}" if n else "norms ran in compiled code alone"
-    return f"{what}, none lowered: {next(iter(stock))}."
+    return f"{what}, none lowered: {next(iter(stock))}{f'; {by_hand}' if by_hand else ''}."
 
 
-never_a_frame_of_its_own(_counted)
+def _modules_by_hand() -> str | None:
+    """Return which modules may compute norms by hand, if nobody has asked for those."""
+    if forward.HAND_WRITTEN in forward.active.norms:
+        return None
+    classes = [type(each) for each in gc.get_objects() if issubclass(type(each), torch.nn.Module)]
+    found = [cls.__name__ for cls in classes if kinds.candidate(cls) is not None]
+    if not found:
+        return None
+    names = ", ".join(sorted(set(found))[:3])
+    return f"computed by hand in up to {len(found)} modules ({names}): LPLN_NORMS=all lowers them"
+
+
+for _function in (_counted, _counted_form):
+    never_a_frame_of_its_own(_function)

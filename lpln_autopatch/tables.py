@@ -8,7 +8,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lpln_autopatch.reporting import Recorder, Report, Row
+    from lpln_autopatch.recorder import Recorder, Row
+    from lpln_autopatch.reporting import Report
 
 Table = Sequence[Sequence[str]]
 """Rows of cells."""
@@ -68,9 +69,9 @@ def failure_noted(calls: Recorder) -> Iterator[None]:
 
 
 def _failure(calls: Recorder) -> str:
-    last, rows = calls.last, calls.counted()
-    if last is None:
+    if not calls.rows:
         return "no norm had returned when this was raised."
+    last, rows = calls.rows[-1], calls.counted()
     name, gave = last.name or "(the model)", str(last.output_dtype).removeprefix("torch.")
     sentence = f"The last norm that returned is {name}, in {gave}."
     if last.lowered:

@@ -444,7 +444,7 @@ def test_function_can_be_pickled_and_copied():
 # ---- compiled code
 
 
-class Norms(nn.Module):
+class Calls(nn.Module):
     """One of each, by module and by function."""
 
     def __init__(self) -> None:
@@ -470,7 +470,7 @@ def test_compiled_code_obeys_the_switch(x, backend):
         graphs.append(graph)
         return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
-    run = torch.compile(Norms(), fullgraph=True, backend=count)
+    run = torch.compile(Calls(), fullgraph=True, backend=count)
     assert dtypes_of(run, x) == "ssss"
     for _ in range(2):
         with low_precision_layernorm():
@@ -510,7 +510,7 @@ def test_foreign_function_wrapper_above_is_looked_through(x):
     lpln.enable()
     F.layer_norm = wrapt.FunctionWrapper(F.layer_norm, lambda f, i, a, k: f(*a, **k))
     try:
-        run = torch.compile(Norms(), fullgraph=True, backend="aot_eager")
+        run = torch.compile(Calls(), fullgraph=True, backend="aot_eager")
         assert dtypes_of(run, x) == "llss"
         with low_precision_layernorm("fp32"):
             assert dtypes_of(run, x) == "ssss"

@@ -30,7 +30,7 @@ def checkpoint_functions() -> list[object]:
 
 def functions() -> list[object]:
     """The functions that the package exchanges, as they are in PyTorch now."""
-    named = (getattr(F, name) for name in norms.NAMES)
+    named = (getattr(F, name) for name in norms.FUNCTIONS)
     return [*named, inspect.unwrap(LayerNorm.forward), *checkpoint_functions()]
 
 
@@ -44,7 +44,7 @@ def test_functions_are_the_same_objects_at_all_times(how):
             assert all(a is b for a, b in zip(before, functions(), strict=True))
             assert not any(f.__code__ is c for f, c in zip(before, codes, strict=True))
         # Checkpointing remembers what its forwards run under, until disable().
-        ours = len(norms.NAMES) + 1
+        ours = len(norms.FUNCTIONS) + 1
         assert all(f.__code__ is c for f, c in zip(before[:ours], codes, strict=False))
         assert vars(LayerNorm)["forward"] is forward
         lpln.disable()
@@ -88,7 +88,7 @@ def test_signature_and_source_are_pytorchs():
     """Names, defaults, keywords, annotations and docstring, while active as otherwise."""
 
     def seen() -> list[object]:
-        exchanged = [getattr(F, name) for name in norms.NAMES]
+        exchanged = [getattr(F, name) for name in norms.FUNCTIONS]
         return [
             (inspect.signature(f), inspect.getsource(f), f.__doc__, f.__name__)
             for f in (*exchanged, LayerNorm.forward)
