@@ -16,7 +16,12 @@ from lpln_autopatch.backends.protocol import Affine
 from lpln_autopatch.exemption import is_marked, run_stock
 from lpln_autopatch.form import Form
 from lpln_autopatch.forward import HAND_WRITTEN, decide, run_backend
-from lpln_autopatch.torch_compat import is_tracing, never_a_frame_of_its_own, run_while_compiling
+from lpln_autopatch.torch_compat import (
+    is_exporting,
+    is_tracing,
+    never_a_frame_of_its_own,
+    run_while_compiling,
+)
 
 _forwards: list[kinds.Forward] = []  # each has a number, which is a constant for Dynamo
 
@@ -47,6 +52,8 @@ def decide_form(
     decision = decide(lowering, HAND_WRITTEN, x, None)
     if isinstance(decision, str):
         return decision, None
+    if is_exporting():
+        return "torch.export", None
     form = _form_for(number, module, x)
     if isinstance(form, str):
         return f"not recognised: {form}", None

@@ -72,7 +72,7 @@ class Forward:
         """Return the names that it may read from an instance of `cls`."""
         found = self._names.get(cls)
         if found is None:
-            found = self._names[cls] = tuple(sorted(set(_reads(cls, self.function))))
+            found = self._names[cls] = tuple(sorted(set(_reads(_own(cls), self.function))))
         return found
 
     def form(self, cls: type, values: Values, rank: int) -> Form | str:
@@ -109,10 +109,8 @@ class Forward:
             raise NotANorm("the name of its class is not that of a norm")
         if inspect.getattr_static(cls, "forward", None) is not self.function:
             raise NotANorm("it is a part of another forward")
-        # PyTorch's parametrizations and FSDP make a class for each module.
-        own = next((c for c in cls.__mro__ if not c.__module__.startswith("torch.")), cls)
         state = {n: _revived(v) for n, v in zip(self.names(cls), values, strict=True)}
-        return recognise(own, self.stock, state)
+        return recognise(_own(cls), self.stock, state)
 
 
 def candidate(cls: type) -> types.FunctionType | None:
@@ -152,6 +150,11 @@ def describe(value: object) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple([describe(each) for each in value])
     return Opaque, type(value).__name__
+
+
+def _own(cls: type) -> type:
+    """Return the class that somebody wrote: parametrizations and FSDP make one for each module."""
+    return next((c for c in cls.__mro__ if not c.__module__.startswith("torch.")), cls)
 
 
 def _revived(value: Any) -> Any:

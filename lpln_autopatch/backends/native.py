@@ -19,6 +19,7 @@ from lpln_autopatch.torch_compat import (
     GRAPHS_KEEP_ROUNDED_INPUTS,
     autocast_disabled,
     is_compiling,
+    is_exporting,
     never_a_frame_of_its_own,
 )
 
@@ -75,7 +76,7 @@ def lower(
     """
     f32 = torch.float32
     if is_compiling():
-        if x.dtype is f32 and GRAPHS_KEEP_ROUNDED_INPUTS and not torch.compiler.is_exporting():
+        if x.dtype is f32 and GRAPHS_KEEP_ROUNDED_INPUTS and not is_exporting():
             x = x.to(dtype=dtype)
     elif x.is_cpu:
         if x.dtype is f32 and (weight is None or weight.dtype is f32):

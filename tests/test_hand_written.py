@@ -1,0 +1,626 @@
+"""Norms that classes write out: recognised by what they compute, and lowered."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import random
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import hand_written_norms
+import pytest
+import torch
+from hand_written_norms import (
+    NEAR_MISSES,
+    NORMS,
+    CastingLayerNorm,
+    CountingNorm,
+    GatedRMSNorm,
+    GemmaRMSNorm,
+    HeadsRMSNorm,
+    LayerNorm2d,
+    LlamaRMSNorm,
+    LoggingNorm,
+    Norm,
+    PermutingLayerNorm2d,
+    SumNorm,
+)
+from support import needs_dynamo
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lpln_autopatch as lpln
+from lpln_autopatch import exempt, kinds, low_precision_layernorm, recognition, report
+from lpln_autopatch.torch_compat import HAS_RMS_NORM
+
+pytestmark = pytest.mark.skipif(
+    not HAS_RMS_NORM, reason="hand-written norms are lowered from torch 2.4 on; CI runs later ones"
+)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+autocast = functools.partial(torch.autocast, "cpu", dtype=BF16)
+by_hand = functools.partial(low_precision_layernorm, norms="hand_written")
+
+
+def run(module, x, **options):
+    with autocast(**options):
+        return module(x)
+
+
+def gradients(module, x, dtype, lowered):
+    """y, and the gradients of x and the parameters, lowered or in float64."""
+    module = copy.deepcopy(module)
+    x = x.detach().clone().requires_grad_()
+    if lowered:
+        with by_hand(), torch.autocast("cpu", dtype=dtype):
+            y = module(x)
+    else:
+        module, x = module.double(), x.detach().double().requires_grad_()
+        y = module(x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    (y * dy).sum().backward()
+    return y, [x.grad, *(p.grad for p in module.parameters())]
+
+
+@pytest.mark.parametrize("make", NORMS)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_norm_is_lowered_with_the_values_and_gradients_of_float64(make, dtype):
+    """In training and evaluation mode, for float32 and autocast inputs."""
+    module = make()
+    x = torch.randn(NORMS[make])
+    eps = torch.finfo(dtype).eps
+    for given in (x, x.to(dtype)):
+        for mode in (True, False):
+            y, got = gradients(module.train(mode), given, dtype, lowered=True)
+            exact, expected = gradients(module, given, dtype, lowered=False)
+            assert y.dtype is dtype
+            torch.testing.assert_close(y.double(), exact, rtol=2 * eps, atol=2 * eps)
+            for ours, theirs in zip(got, expected, strict=True):
+                assert (ours.double() - theirs).norm() <= 4 * eps * theirs.norm()
+    assert y.stride() == run(module, x).stride()
+
+
+@pytest.mark.parametrize("make", NEAR_MISSES)
+def test_near_miss_stays_stock_bit_for_bit(make):
+    """What is nearly a norm, or does more than a norm, gives what it gives without us."""
+    for training in (True, False):
+        module = make().train(training)
+        stock = copy.deepcopy(module)
+        x = torch.cat([torch.randn(2, 3, 8), 1e-4 * torch.randn(2, 3, 8)])
+        torch.manual_seed(0)
+        expected = [run(stock, x) for _ in range(3)]
+        torch.manual_seed(0)
+        with by_hand():
+            got = [run(module, x) for _ in range(3)]
+        for ours, theirs in zip(got, expected, strict=True):
+            assert ours.dtype is theirs.dtype
+            assert torch.equal(ours, theirs)
+
+
+def test_forward_that_stores_something_runs_as_often_as_stock():
+    """A counter and a log of its own hold what they hold without us."""
+    counting, logging = CountingNorm(), LoggingNorm()
+    x = torch.randn(2, 8)
+    with by_hand():
+        for _ in range(3):
+            run(counting, x)
+            run(logging, x)
+    assert counting.calls == 3
+    assert logging.log == [x.shape] * 3
+
+
+def test_second_tensor_is_no_norm_and_a_gate_is_stock():
+    """Two tensors are no norm's input; what has an optional one is a norm without it."""
+    x, gated = torch.randn(2, 8), GatedRMSNorm()
+    with by_hand(), autocast():
+        assert SumNorm()(x, x).dtype is FP32
+        assert gated(x).dtype is BF16
+        assert gated(hidden_states=x).dtype is BF16
+        assert gated(x, None).dtype is BF16
+        assert gated(x, x).dtype is FP32
+        assert gated(x, gate=x).dtype is FP32
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(LlamaRMSNorm, (2, 8)), (HeadsRMSNorm, (2, 3, 4, 8)), (LayerNorm2d, (2, 8, 3, 4))],
+)
+def test_shapes_are_taken_and_refused_as_by_stock(make, shape):
+    """Broadcasts, empty inputs, and errors, with PyTorch's own message."""
+    module = make()
+    for dims in ((0, *shape[1:]), (*shape[:-1], 1), (1, *shape), shape[1:], (7,), shape):
+        x = torch.randn(dims)
+        outcomes = [_outcome(module, x)]
+        with by_hand():
+            outcomes.append(_outcome(module, x))
+        assert outcomes[0] == outcomes[1]
+
+
+def _outcome(module, x):
+    try:
+        return run(module, x).shape
+    except (IndexError, RuntimeError) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "memory"),
+    [
+        (LlamaRMSNorm, (2, 3, 4, 8), lambda x: x.transpose(1, 2)),
+        (LlamaRMSNorm, (2, 3, 16), lambda x: x[..., :8]),
+        (LlamaRMSNorm, (8, 3), lambda x: x.t()),
+        (LayerNorm2d, (2, 8, 3, 4), lambda x: x.to(memory_format=torch.channels_last)),
+        (lambda: PermutingLayerNorm2d(8), (2, 8, 3, 4), lambda x: x.clone()),
+        (lambda: CastingLayerNorm(8), (2, 3, 4, 8), lambda x: x.transpose(1, 2)),
+    ],
+)
+def test_output_has_the_strides_of_stocks(make, shape, memory):
+    """For an input that is not contiguous, too."""
+    module, x = make(), memory(torch.randn(shape))
+    expected = run(module, x)
+    with by_hand():
+        y = run(module, x)
+    assert y.dtype is BF16
+    assert y.stride() == expected.stride()
+    torch.testing.assert_close(y.float(), expected, rtol=0.01, atol=0.01)
+
+
+def test_float16_never_overflows():
+    """x is not rounded first: 1e5, which float16 does not hold, is normalised in float32."""
+    x = torch.randn(4, 8) * 1e5
+    module = LlamaRMSNorm()
+    with by_hand(), torch.autocast("cpu", dtype=FP16):
+        y = module(x)
+    assert y.dtype is FP16
+    torch.testing.assert_close(y.float(), module(x), rtol=1e-3, atol=1e-3)
+
+
+def test_nan_and_inf_come_out_where_stocks_do():
+    """Rows with NaN, inf, -inf, and zeros."""
+    x = torch.randn(5, 8)
+    x[0, 1], x[1, 2], x[2, 3], x[3] = float("nan"), float("inf"), -float("inf"), 0
+    for module in (LlamaRMSNorm(), CastingLayerNorm(8), HeadsRMSNorm(heads=1)):
+        given = x if module.__class__ is not HeadsRMSNorm else x[None, None]
+        expected = run(module, given)
+        with by_hand():
+            y = run(module, given)
+        assert y.dtype is BF16
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.isinf(), expected.isinf())
+
+
+def test_what_changes_later_is_followed_or_stock():
+    """eps and weights are read at each call; a new option of the class decides anew."""
+
+    class OptionRMSNorm(Norm):
+        def __init__(self):
+            super().__init__()
+            self.cap = None
+
+        def forward(self, x):
+            y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+            return y if self.cap is None else y.clamp(-self.cap, self.cap)
+
+    module, x = OptionRMSNorm(), torch.randn(4, 8)
+    with by_hand():
+        assert run(module, x).dtype is BF16
+        module.eps = 10.0
+        torch.testing.assert_close(run(module, x).float(), module(x), rtol=0.01, atol=0.01)
+        assert run(module, x).dtype is BF16
+        module.weight = nn.Parameter(torch.full((8,), 7.0))
+        torch.testing.assert_close(run(module, x).float(), module(x), rtol=0.01, atol=0.01)
+        module.cap = 0.5
+        assert torch.equal(run(module, x), module(x))
+        module.cap = None
+        assert run(module, x).dtype is BF16
+
+
+def test_forward_that_is_replaced_on_the_class_is_not_ours():
+    """What somebody puts in the place of a forward runs as it is, as do Liger's kernels."""
+    ran = []
+
+    class RMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states)
+
+    def kernel(self, hidden_states):
+        ran.append(self)
+        return LlamaRMSNorm.forward(self, hidden_states)
+
+    module, x = RMSNorm(), torch.randn(4, 8)
+    with by_hand():
+        assert run(module, x).dtype is BF16
+        RMSNorm.forward = kernel
+        assert run(module, x).dtype is FP32
+        other = RMSNorm()
+        other.forward = functools.partial(kernel, other)
+        assert run(other, x).dtype is FP32
+    assert ran == [module, other]
+
+
+def test_way_in_reaches_every_instance_and_every_holder():
+    """Instances and classes made before and after, copies, bound methods, subclasses."""
+    before, x = LlamaRMSNorm(), torch.randn(4, 8)
+    bound = before.forward
+    lpln.enable("bf16", norms="hand_written")
+
+    class LaterRMSNorm(Norm):
+        def forward(self, x):
+            return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+    class Subclass(LlamaRMSNorm):
+        pass
+
+    class SubclassNorm(LlamaRMSNorm):
+        pass
+
+    inner = nn.Sequential(nn.Linear(8, 8), LaterRMSNorm())
+    everyone = [before, bound, copy.deepcopy(before), LaterRMSNorm(), inner, SubclassNorm()]
+    everyone.append(pickle.loads(pickle.dumps(before)))
+    for module in everyone:
+        assert run(module, x).dtype is BF16
+    assert run(Subclass(), x).dtype is FP32  # its name is not that of a norm
+    lpln.disable()
+    for module in everyone[:-1]:
+        assert run(module, x).dtype is FP32
+
+
+def test_disable_gives_everything_back():
+    """Forwards have their own code, and nn.Module no hook; the function object stays."""
+    function, code = LlamaRMSNorm.forward, LlamaRMSNorm.forward.__code__
+    module, x = LlamaRMSNorm(), torch.randn(4, 8)
+    expected = run(module, x)
+    with low_precision_layernorm(norms="layer_norm,group_norm,rms_norm"):
+        assert function.__code__ is code
+        assert "__init_subclass__" not in vars(nn.Module)
+    for _ in range(2):
+        with by_hand():
+            assert LlamaRMSNorm.forward is function
+            assert function.__code__ is not code
+        assert torch.equal(run(module, x), expected)
+        lpln.disable()
+        assert function.__code__ is code
+        assert "__init_subclass__" not in vars(nn.Module)
+
+
+def test_hook_of_somebody_else_on_new_classes_stays(monkeypatch):
+    """One that is beneath ours is called, and one that is above ours is not taken off."""
+    seen = []
+    theirs = classmethod(lambda cls, **kwargs: seen.append(cls))
+    monkeypatch.setattr(nn.Module, "__init_subclass__", theirs, raising=False)
+    with by_hand():
+        made = type("MadeNorm", (nn.Module,), {})
+        assert seen == [made]
+    lpln.disable()
+    assert vars(nn.Module)["__init_subclass__"] is theirs
+    lpln.enable("bf16", norms="hand_written")
+    monkeypatch.setattr(nn.Module, "__init_subclass__", theirs)
+    lpln.disable()
+    assert vars(nn.Module)["__init_subclass__"] is theirs
+
+
+def test_class_keywords_and_errors_of_classes_are_pythons():
+    """Our hook takes no keyword of a class away, and a wrong one is Python's error."""
+    with by_hand():
+
+        class Base(nn.Module):
+            def __init_subclass__(cls, tag=None, **kwargs):
+                super().__init_subclass__(**kwargs)
+                cls.tag = tag
+
+        class TaggedRMSNorm(Base, tag="x"):
+            pass
+
+        assert TaggedRMSNorm.tag == "x"
+        with pytest.raises(TypeError, match="__init_subclass__"):
+            type("WrongNorm", (nn.Module,), {}, wrong=1)
+
+
+def test_parameters_are_read_through_attributes():
+    """functional_call, a parametrization, and a weight that is a plain tensor, as in FSDP 1."""
+    x = torch.randn(4, 8)
+
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    plain, parametrized, module = LlamaRMSNorm(), LlamaRMSNorm(), LlamaRMSNorm()
+    expected = 2 * parametrized(x)
+    nn.utils.parametrize.register_parametrization(parametrized, "weight", Double())
+    weight = plain.weight.detach().clone()
+    del plain.weight
+    plain.weight = 3 * weight
+    with by_hand(), autocast():
+        y = torch.func.functional_call(module, {"weight": torch.zeros(8)}, x)
+        assert y.dtype is BF16
+        assert not y.any()
+        torch.testing.assert_close(parametrized(x).float(), expected, rtol=0.01, atol=0.01)
+        assert parametrized(x).dtype is BF16
+        assert plain(x).dtype is BF16
+        torch.testing.assert_close(
+            plain(x).float(), plain(x.double()).float(), rtol=0.01, atol=0.01
+        )
+
+
+def test_modes_of_the_caller_change_nothing():
+    """A device block, inference mode, vmap, jvp-free transforms, a default dtype of bfloat16."""
+    x = torch.randn(4, 8)
+
+    def fresh():
+        class FreshRMSNorm(Norm):  # that nobody has tried
+            def forward(self, x):
+                x = x.float()
+                return self.weight * (x * (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt())
+
+        return FreshRMSNorm()
+
+    with by_hand(), autocast():
+        with torch.device("meta"):
+            module = LlamaRMSNorm()
+        module.to_empty(device="cpu").weight.data.fill_(1)
+        with torch.device("meta"):
+            assert module(x).dtype is BF16
+            assert not module(x).is_meta
+        with torch.inference_mode():
+            assert fresh()(x).dtype is BF16
+        assert torch.vmap(fresh())(x).dtype is BF16
+        module = fresh()
+        grad = torch.func.grad(lambda weight: _sum(module, weight, x))(module.weight.detach())
+        assert grad.shape == (8,)
+        torch.set_default_dtype(BF16)
+        try:
+            assert fresh()(x).dtype is BF16
+        finally:
+            torch.set_default_dtype(FP32)
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        module = fresh()
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert module(mode.from_tensor(x)).dtype is BF16
+        assert fresh()(x).dtype is BF16
+
+
+def _sum(module, weight, x):
+    return torch.func.functional_call(module, {"weight": weight}, x).float().sum()
+
+
+def test_trial_leaves_nothing_behind():
+    """No generator, parameter, gradient, hook or attribute of the module has changed."""
+    module, x = LlamaRMSNorm(), torch.randn(4, 8)
+    dropping = hand_written_norms.DroppingNorm().eval()
+    before = {**vars(module)}, module.weight.detach().clone()
+    torch.manual_seed(1)
+    states = torch.get_rng_state(), random.getstate()
+    with by_hand(), torch.no_grad():
+        for each in (module, dropping):
+            run(each, x)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert vars(module) == before[0]
+    assert torch.equal(module.weight, before[1])
+    assert module.weight.grad is None
+
+
+def test_trial_takes_little_and_is_made_once():
+    """Less than 150 ms of a core, and once for all layers of a kind."""
+    tried = []
+    recognise = recognition.recognise
+
+    def timed(*args):
+        start = time.thread_time()
+        result = recognise(*args)
+        tried.append(time.thread_time() - start)
+        return result
+
+    class WideRMSNorm(Norm):
+        def forward(self, x):
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+    x = torch.randn(2, 3, 4096)
+    with pytest.MonkeyPatch.context() as patch, by_hand():
+        patch.setattr(kinds, "recognise", timed)
+        for _ in range(3):
+            assert run(WideRMSNorm(4096), x).dtype is BF16
+            assert run(WideRMSNorm(4096), x[0]).dtype is BF16
+    assert len(tried) == 1
+    assert tried[0] < 0.15
+
+
+def test_verdict_of_a_trial_that_failed_is_not_kept():
+    """What raised for a reason of the moment is tried again at the next call."""
+    moment = [MemoryError("of the moment")]
+
+    class MomentaryRMSNorm(Norm):
+        def forward(self, x):
+            if moment and threading.current_thread() is not threading.main_thread():
+                raise moment[0]
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+    module, x = MomentaryRMSNorm(), torch.randn(4, 8)
+    with by_hand():
+        assert run(module, x).dtype is FP32
+        assert "MemoryError: of the moment" in report_of(module, x).rows[0].reason
+        moment.clear()
+        assert [run(module, x).dtype for _ in range(8)][-1] is BF16
+
+
+def report_of(module, x):
+    with autocast():
+        return report(module, x)
+
+
+def test_exempt_norm_is_stock():
+    """By itself, in an exempt parent, and without the hooks of a call."""
+    model = nn.Sequential(LlamaRMSNorm(), nn.Sequential(LlamaRMSNorm()))
+    x = torch.randn(4, 8)
+    exempt(model[1])
+    with by_hand(), autocast():
+        assert model[0](x).dtype is BF16
+        assert model[1](x).dtype is FP32
+        assert model[1][0].forward(x).dtype is FP32
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_recomputes_as_its_forward_ran(reentrant):
+    """Backward after the block has closed recomputes in the dtype of the forward."""
+    dtypes = []
+
+    class Model(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            dtypes.append(y.dtype)
+            return torch.sin(y)  # whose saved y is recomputed
+
+    model = Model(LlamaRMSNorm())
+    x = torch.randn(4, 8, requires_grad=True)
+    with by_hand(), autocast():
+        y = checkpoint(model, x, use_reentrant=reentrant)
+    y.float().sum().backward()
+    assert dtypes == [BF16, BF16]
+
+
+@needs_dynamo
+@pytest.mark.parametrize("make", [LlamaRMSNorm, GemmaRMSNorm, lambda: CastingLayerNorm(8)])
+def test_compiled_code_follows_each_switch(make):
+    """From the first activation on, with fullgraph and two graphs, and it follows eps."""
+    with by_hand():
+        pass  # from now on
+    graphs = []
+    model = nn.Sequential(nn.Linear(8, 8), make(), nn.Linear(8, 8), make())
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def outputs(x):
+        return [x := layer(x) for layer in model]
+
+    compiled = torch.compile(outputs, backend=count, fullgraph=True)
+    x = torch.randn(4, 8)
+    for _ in range(2):
+        with autocast():
+            compiled(x)
+
+        with by_hand(), autocast():
+            assert [y.dtype for y in compiled(x)] == [BF16] * 4
+    assert len(graphs) == 2
+    model[1].eps = 2.0
+    with by_hand(), autocast():
+        torch.testing.assert_close(compiled(x)[1], model[1](model[0](x)), rtol=0.02, atol=0.02)
+
+
+@needs_dynamo
+def test_layers_of_a_kind_share_a_graph():
+    """Compiled one by one, as many layers as there are need two graphs."""
+    with by_hand():
+        pass
+    graphs = []
+    layers = [LlamaRMSNorm() for _ in range(4)]
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    for layer in layers:
+        layer.compile(backend=count, fullgraph=True)
+    x = torch.randn(4, 8)
+    for layer in layers:
+        assert run(layer, x).dtype is FP32
+        with by_hand():
+            assert run(layer, x).dtype is BF16
+    assert len(graphs) == 2
+
+
+def test_torchscript_and_tracing_are_stock():
+    """What is scripted or traced while a request is active runs stock."""
+    module, x = LlamaRMSNorm(), torch.randn(4, 8)
+    with by_hand(), autocast():
+        scripted = torch.jit.script(module)
+        traced = torch.jit.trace(module, x)
+        assert scripted(x).dtype is FP32
+        assert traced(x).dtype is FP32
+        assert module(x).dtype is BF16
+
+
+@needs_dynamo
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_program_is_stock(strict):
+    """torch.export takes the forward as it is written."""
+    module, x = LlamaRMSNorm(), torch.randn(4, 8)
+    with by_hand(), autocast():
+        program = torch.export.export(nn.Sequential(module), (x,), strict=strict)
+        assert program.module()(x).dtype is FP32
+    names = {str(node.target) for node in program.graph.nodes}
+    assert not any("rms_norm" in name for name in names)
+
+
+def test_report_says_what_is_computed_and_why_not():
+    """Rows of norms by hand: lowered, not asked for, not recognised, cast back."""
+    casting = CastingLayerNorm(8)
+    model = nn.Sequential(LlamaRMSNorm(), hand_written_norms.UnbiasedNorm(), casting)
+    x = torch.randn(4, 8)
+    with by_hand():
+        rows = report_of(model, x).rows
+    assert [(r.norm, r.input_dtype, r.output_dtype, r.lowered) for r in rows] == [
+        ("rms_norm", FP32, BF16, True),
+        ("UnbiasedNorm", BF16, FP32, False),
+        ("layer_norm", FP32, BF16, True),
+    ]
+    assert rows[1].reason.startswith("hand-written, and not recognised: its values")
+    with low_precision_layernorm():
+        rows = report_of(model, x).rows
+    assert rows[0].reason == "hand-written: norms='hand_written' lowers it"
+    assert (rows[2].lowered, rows[2].output_dtype) == (False, FP32)
+    assert rows[2].reason == "the module casts it back to float32"
+
+
+def test_names_and_errors_know_hand_written(monkeypatch):
+    """status names it, "all" includes it, and the default does not."""
+    lpln.enable("bf16", norms="all")
+    assert lpln.status().norms[-1] == "hand_written"
+    lpln.enable("bf16")
+    assert lpln.status().norms == ("layer_norm",)
+    monkeypatch.setenv("LPLN_NORMS", "hand_written")
+    lpln.enable("bf16")
+    assert lpln.status().norms == ("hand_written",)
+    assert lpln.status().installed
+    with pytest.raises(ValueError, match="hand_written"):
+        lpln.enable("bf16", norms="by_hand")
+
+
+def test_class_that_is_imported_by_unpickling_is_lowered(tmp_path):
+    """With the variable set before torch is imported, in a process that has never seen it."""
+    (tmp_path / "model.py").write_text(
+        "import torch\n"
+        "class RMSNorm(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)\n"
+    )
+    script = textwrap.dedent("""
+        import pickle, sys, torch
+        if sys.argv[1] == "dump":
+            import model
+            pickle.dump(model.RMSNorm(), open("norm.pkl", "wb"))
+        module = pickle.load(open("norm.pkl", "rb"))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            print(module(torch.randn(4, 8)).dtype)
+    """)
+    (tmp_path / "program.py").write_text(script)
+    import os
+
+    for mode, variables, dtype in (
+        ("dump", {}, "torch.float32"),
+        ("load", {"LPLN_PRECISION": "amp", "LPLN_NORMS": "all"}, "torch.bfloat16"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "program.py", mode],
+            cwd=tmp_path,
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.strip() == dtype, done.stderr
