@@ -46,7 +46,7 @@ class Entry:
                     model = getattr(import_module(library), name)(**self.config)
         except ModuleNotFoundError as error:
             why = f"{error.name} is not installed: pip install 'lpln_autopatch[count]'"
-            if error.name not in (None, "timm", "transformers", "diffusers"):
+            if error.name not in (None, "timm", "transformers", "diffusers", "open_clip"):
                 why = f"there is no module {error.name!r} in this folder, nor on PYTHONPATH"
             # transformers names no package where one of its own modules cannot be imported.
             why = why if error.name else str(error).splitlines()[0]
@@ -88,51 +88,7 @@ def _of_transformers(name: str, config: Mapping[str, Any]) -> torch.nn.Module:
     raise WrongModel(f"transformers:{name} belongs to no model that can be made from it alone")
 
 
-def llama(**config: Any) -> torch.nn.Module:
-    """transformers' Llama with `torch.nn.RMSNorm` in place of its own, which none can reach."""
-    model = _of_transformers("LlamaConfig", config)
-    for module in list(model.modules()):
-        child: Any
-        for name, child in module.named_children():
-            if type(child).__name__ == "LlamaRMSNorm":
-                size, eps = child.weight.numel(), child.variance_epsilon
-                setattr(module, name, torch.nn.RMSNorm(size, eps))
-    return model
-
-
-def dit_xl_2(**config: Any) -> torch.nn.Module:
-    """DiT-XL/2 of diffusers, on latents of 256 x 256 pixels."""
-    sizes = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28}
-    sizes |= {"in_channels": 4, "out_channels": 8, "sample_size": 32, **config}
-    model: Any = import_module("diffusers").DiTTransformer2DModel(**sizes)
-
-    def make_batch(items: int, length: int, device: str) -> dict[str, Any]:
-        latents = torch.randn(items, 4, 32, 32, device=device)
-        numbers = torch.randint(1000, (items,), device=device)
-        return {"hidden_states": latents, "timestep": numbers, "class_labels": numbers}
-
-    model.make_batch = make_batch
-    result: torch.nn.Module = model
-    return result
-
-
-def stable_diffusion_unet(**config: Any) -> torch.nn.Module:
-    """The UNet of Stable Diffusion 1.5, on latents of 512 x 512 pixels and 77 tokens."""
-    sizes = {"sample_size": 64, "cross_attention_dim": 768, **config}
-    model: Any = import_module("diffusers").UNet2DConditionModel(**sizes)
-
-    def make_batch(items: int, length: int, device: str) -> dict[str, Any]:
-        latents = torch.randn(items, 4, 64, 64, device=device)
-        numbers = torch.randint(1000, (items,), device=device)
-        text = torch.randn(items, 77, 768, device=device)
-        return {"sample": latents, "timestep": numbers, "encoder_hidden_states": text}
-
-    model.make_batch = make_batch
-    result: torch.nn.Module = model
-    return result
-
-
-_HERE = "lpln_autopatch.bench.zoo"
+_HERE = "lpln_autopatch.bench.builders"
 _1000 = {"num_labels": 1000}
 _THREE = {"num_hidden_layers": 3}
 _BOTH_THREE = {"text_config": _THREE, "vision_config": _THREE}
@@ -143,6 +99,11 @@ _WHISPER |= {"encoder_attention_heads": 12, "decoder_attention_heads": 12}
 _WHISPER |= {"encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072}
 _LLAMA = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 16}
 _LLAMA |= {"num_attention_heads": 16}
+_GROUPED = {**_LLAMA, "num_key_value_heads": 8}
+_OLMO = {**_LLAMA, "intermediate_size": 8192}
+_GEMMA = {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26}
+_GEMMA |= {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}
+_T5 = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
 
 MODELS: dict[str, Entry] = {
     "bert-base": Entry("transformers:BertConfig", 32, 512, {}, _THREE),
@@ -156,7 +117,14 @@ MODELS: dict[str, Entry] = {
     "clip-vit-b32": Entry("transformers:CLIPConfig", 256, 512, {}, _BOTH_THREE),
     "dit-xl-2": Entry(f"{_HERE}:dit_xl_2", 32, 0, {}, {"num_layers": 3}),
     "sd-unet": Entry(f"{_HERE}:stable_diffusion_unet", 8, 0, {}, {"layers_per_block": 1}, "all"),
-    "llama-1b": Entry(f"{_HERE}:llama", 4, 2048, _LLAMA, _THREE, norms="all"),
+    "llama-1b": Entry("transformers:LlamaConfig", 4, 2048, _LLAMA, _THREE, "all"),
+    "mistral-1b": Entry("transformers:MistralConfig", 4, 2048, _GROUPED, _THREE, "all"),
+    "qwen3-1b": Entry("transformers:Qwen3Config", 4, 2048, _GROUPED, _THREE, "all"),
+    "gemma3-1b": Entry("transformers:Gemma3TextConfig", 4, 2048, _GEMMA, _THREE, "all"),
+    "olmo2-1b": Entry("transformers:Olmo2Config", 4, 2048, _OLMO, _THREE, "all"),
+    "t5-base": Entry("transformers:T5Config", 32, 512, _T5, {"num_layers": 3}, "all"),
+    "sam2-memory": Entry(f"{_HERE}:sam2_memory_encoder", 8, norms="all"),
+    "open-clip-b32": Entry(f"{_HERE}:open_clip_vit_b_32", 256, norms="all"),
 }
 """The models of the default, and their shallow configurations for what is compiled."""
 

@@ -1,0 +1,69 @@
+"""Models of the zoo that a configuration alone does not make, each with its batches."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+
+
+def dit_xl_2(**config: Any) -> torch.nn.Module:
+    """DiT-XL/2 of diffusers, on latents of 256 x 256 pixels."""
+    sizes = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28}
+    sizes |= {"in_channels": 4, "out_channels": 8, "sample_size": 32, **config}
+    model: Any = import_module("diffusers").DiTTransformer2DModel(**sizes)
+
+    def make_batch(items: int, length: int, device: str) -> dict[str, Any]:
+        latents = torch.randn(items, 4, 32, 32, device=device)
+        numbers = torch.randint(1000, (items,), device=device)
+        return {"hidden_states": latents, "timestep": numbers, "class_labels": numbers}
+
+    model.make_batch = make_batch
+    result: torch.nn.Module = model
+    return result
+
+
+def stable_diffusion_unet(**config: Any) -> torch.nn.Module:
+    """The UNet of Stable Diffusion 1.5, on latents of 512 x 512 pixels and 77 tokens."""
+    sizes = {"sample_size": 64, "cross_attention_dim": 768, **config}
+    model: Any = import_module("diffusers").UNet2DConditionModel(**sizes)
+
+    def make_batch(items: int, length: int, device: str) -> dict[str, Any]:
+        latents = torch.randn(items, 4, 64, 64, device=device)
+        numbers = torch.randint(1000, (items,), device=device)
+        text = torch.randn(items, 77, 768, device=device)
+        return {"sample": latents, "timestep": numbers, "encoder_hidden_states": text}
+
+    model.make_batch = make_batch
+    result: torch.nn.Module = model
+    return result
+
+
+def sam2_memory_encoder(**config: Any) -> torch.nn.Module:
+    """The memory encoder of SAM 2, on features of 64 x 64 and masks of 1024 x 1024 pixels."""
+    video: Any = import_module("transformers.models.sam2_video.modeling_sam2_video")
+    configuration = import_module("transformers").Sam2VideoConfig(**config)
+    model: Any = video.Sam2VideoMemoryEncoder(configuration)
+
+    def make_batch(items: int, length: int, device: str) -> dict[str, Any]:
+        features = torch.randn(items, configuration.memory_encoder_hidden_size, 64, 64)
+        masks = torch.randn(items, 1, 1024, 1024, device=device)
+        return {"vision_features": features.to(device), "masks": masks}
+
+    model.make_batch = make_batch
+    result: torch.nn.Module = model
+    return result
+
+
+def open_clip_vit_b_32(**config: Any) -> torch.nn.Module:
+    """CLIP ViT-B/32 of open_clip, whose LayerNorm casts back to the dtype of its input."""
+    model: Any = import_module("open_clip").create_model("ViT-B-32", **config)
+
+    def make_batch(items: int, length: int, device: str) -> dict[str, Any]:
+        tokens = torch.randint(49408, (items, 77), device=device)
+        return {"image": torch.randn(items, 3, 224, 224, device=device), "text": tokens}
+
+    model.make_batch = make_batch
+    result: torch.nn.Module = model
+    return result
