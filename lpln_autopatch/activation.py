@@ -41,9 +41,9 @@ def enable(
         backend: What normalises: "native", "fused", "lean", "apex", "apex_lean", the name of a
             backend that another package brings, or "auto": what LPLN_BACKEND says, or else native.
             LayerNorm's alone: the other norms are native's.
-        norms: What is lowered: "layer_norm", "group_norm", "rms_norm" (from torch 2.4 on), several
-            of them in a list or separated by commas, or "all". By default what LPLN_NORMS says, or
-            else "layer_norm".
+        norms: What is lowered: "layer_norm", "group_norm", "rms_norm" and "hand_written" (what
+            classes compute by themselves), both from torch 2.4 on, several of them in a list or
+            separated by commas, or "all". By default what LPLN_NORMS says, or else "layer_norm".
 
     Returns:
         What a `with` statement can take: at its end the base is again what it was before this

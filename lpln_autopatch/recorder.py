@@ -28,7 +28,7 @@ class Row:
 
     Attributes:
         name: The qualified name of the innermost module that was running; "" is the model itself.
-        norm: "layer_norm", "group_norm" or "rms_norm"; of a module that called none its class.
+        norm: "layer_norm", "group_norm" or "rms_norm"; of a module that computes none its class.
         calls: How many there were.
         input_dtype: The dtype that went in. None if there was no call.
         output_dtype: The dtype that came out, likewise.
