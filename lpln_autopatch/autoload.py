@@ -8,6 +8,7 @@ imports nothing.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 _VARIABLE = "LPLN_PRECISION"
 _OTHERS = ("LPLN_BACKEND", "LPLN_NORMS", "LPLN_EXEMPT", "LPLN_SUMMARY")
@@ -119,3 +120,21 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
         for name, module in halves.items():
             sys.modules.setdefault(name, module)
     acted = route or ("torch.backends" if torch is None else "autowrapt")
+
+
+def lightning_callbacks() -> list[Any]:
+    """Give Lightning's Trainers the callback that lowers `fit`, where nothing else has activated.
+
+    Lightning calls it when a Trainer is made (its group `callbacks_factory`).
+
+    Returns:
+        The callback, if LPLN_PRECISION asks for it and no route has read it; or else nothing.
+
+    Raises:
+        ValueError, ImportError: a variable is not valid, or the backend cannot be used here.
+    """
+    if acted or not is_set():
+        return []
+    from lpln_autopatch.integrations.lightning import LowPrecisionLayerNorm
+
+    return [LowPrecisionLayerNorm(os.environ[_VARIABLE])]

@@ -230,6 +230,15 @@ def test_variable_lowers_an_unchanged_trainer(with_the_variable, without_the_var
 
 
 @needs_lightning
+def test_variable_lowers_where_torch_loads_no_entry_points(without_the_variable):
+    """Lightning's own entry point gives the Trainer the callback: fit() is lowered, and no more."""
+    program = PROGRAM + "print(json.dumps(fit()))"
+    closed = {"LPLN_PRECISION": "amp", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    result = run_python("-c", program, "lightning.pytorch", **closed)
+    assert json.loads(result.stdout.splitlines()[-1]) == without_the_variable["callback"]
+
+
+@needs_lightning
 def test_wrong_precision_is_refused_at_once():
     """A name that is no precision fails in the constructor, not when fit() begins."""
     from lpln_autopatch.integrations.lightning import LowPrecisionLayerNorm

@@ -59,6 +59,9 @@ def test_entry_points():
     assert autowrapt.name == "torch"
     (command,) = importlib_metadata.entry_points(group="console_scripts", name="lpln")
     assert command.value == "lpln_autopatch.__main__:main"
+    for group in ("lightning.pytorch.callbacks_factory", "pytorch_lightning.callbacks_factory"):
+        (factory,) = importlib_metadata.entry_points(group=group, name="lpln_autopatch")
+        assert factory.value == "lpln_autopatch.autoload:lightning_callbacks"
 
 
 def test_installed_package_is_what_is_tested():

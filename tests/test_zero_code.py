@@ -479,3 +479,27 @@ def test_import_of_torch_that_fails_and_is_repeated():
         assert second == ["torch.bfloat16 environment"]
     else:
         assert second == ["torch.bfloat16 environment"] or "torch refuses" in result.stderr
+
+
+FACTORY = """
+import sys, types
+made = types.SimpleNamespace(LowPrecisionLayerNorm=lambda precision: f"lowers {precision}")
+sys.modules["lpln_autopatch.integrations.lightning"] = made
+from importlib_metadata import entry_points
+(factory,) = entry_points(group="lightning.pytorch.callbacks_factory", name="lpln_autopatch")
+print(factory.load()())
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "callbacks"),
+    [
+        ({}, "[]"),
+        ({"LPLN_PRECISION": "off"}, "[]"),
+        ({"LPLN_PRECISION": "bf16", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, "['lowers bf16']"),
+        ({"LPLN_PRECISION": "bf16", **A_ROUTE}, "[]"),
+    ],
+)
+def test_lightnings_factory_acts_where_nothing_else_has(environment, callbacks):
+    """Lightning's Trainer gets the callback if LPLN_PRECISION is set and no route has read it."""
+    assert run_python("-c", f"import torch\n{FACTORY}", **environment).stdout == f"{callbacks}\n"
