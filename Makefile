@@ -37,17 +37,15 @@ help:
 	  'Everything goes into .venv-torch. The newest torch with CUDA takes several GB instead;' \
 	  'TORCH=torch==2.13.0 make test takes that torch, in an environment of its own.'
 
-# The same training script twice, without and with LPLN_PRECISION, and both results side by side;
-# then what a GPU would do for a step of two real models, counted. Not the speed: two runs, one
-# after the other, compare none.
+# The same training script twice, without and with LPLN_PRECISION; then what a GPU would do for a step
+# of two real models, counted. The last command shows all of it, and says what follows.
 demo: $(RUNS)
 	$(DEMO)/bin/pip install --quiet transformers tabulate $(TORCH)
 	$(DEMO)/bin/python $(EXAMPLE) --steps 30 > $(DEMO)/stock.tsv
 	LPLN_PRECISION=amp $(DEMO)/bin/python $(EXAMPLE) --steps 30 > $(DEMO)/lowered.tsv
-	@printf '\nfigure\tstock\t\tLPLN_PRECISION=amp\n' > $(DEMO)/demo.tsv
-	@paste $(DEMO)/stock.tsv $(DEMO)/lowered.tsv | grep -v 'per second' >> $(DEMO)/demo.tsv
-	@awk -F '\t' '{ printf "%-38s %-18s %s\n", $$1, $$2, $$4 }' $(DEMO)/demo.tsv
-	$(DEMO)/bin/python -m lpln_autopatch bench count --models bert-base vit-b16
+	$(DEMO)/bin/python -m lpln_autopatch bench count --models bert-base vit-b16 \
+	  --json $(DEMO)/count.json > $(DEMO)/count.txt
+	@$(DEMO)/bin/python -m lpln_autopatch.bench.demo $(DEMO)
 
 # pytest's own command does not put the checkout on sys.path: what is tested is the wheel.
 test: $(INSTALLED)
