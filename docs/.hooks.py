@@ -1,4 +1,4 @@
-"""What MkDocs calls: README and CHANGELOG are pages of the site too, and docstrings have links.
+"""What MkDocs calls: README, CHANGELOG and SECURITY are pages too, and docstrings have links.
 
 The repository's top folder and docs/ are one folder there, so links between the two are changed.
 """
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def on_files(files, config):
-    for name in ("README.md", "CHANGELOG.md"):
+    for name in ("README.md", "CHANGELOG.md", "SECURITY.md"):
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
 
 

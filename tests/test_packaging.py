@@ -51,6 +51,22 @@ def test_metadata_has_the_one_version_and_three_dependencies(wheel):
     assert {re.split("[>=<]", r)[0] for r in required} == {"torch", "wrapt", "importlib-metadata"}
 
 
+def test_citation_has_the_version():
+    """CITATION.cff is of the version that the package has."""
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {lpln_autopatch.__version__}\n" in citation
+
+
+def test_security_names_every_entry_point():
+    """SECURITY.md says what of ours others call: each group is in it."""
+    text = (ROOT / "SECURITY.md").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
+    groups = re.findall(r'^\[project\.entry-points\."?([^"\]]+)"?\]$', project, re.MULTILINE)
+    assert len(groups) == 4
+    for group in groups:
+        assert f"`{group}`" in text
+
+
 def test_entry_points():
     """torch's group and autowrapt's lead to the one function."""
     (ours,) = importlib_metadata.entry_points(group="torch.backends", name="lpln_autopatch")

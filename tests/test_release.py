@@ -106,7 +106,8 @@ def test_sdist_holds_what_is_needed_to_test_and_document():
     with tarfile.open(path) as archive:
         names = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
     folders = {"lpln_autopatch", "tests", "docs", "sitecustomize_example"}
-    files = {"README.md", "CHANGELOG.md", "LICENSE", "Makefile", "pyproject.toml", "PKG-INFO"}
+    files = {"README.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff", "LICENSE"}
+    files |= {"Makefile", "pyproject.toml", "PKG-INFO"}
     assert {n.parts[0] for n in names if not n.parts[0].startswith(".")} == folders | files
     dotted = {".gitignore", ".mkdocs.yml", ".pre-commit-config.yaml", "docs/.hooks.py"}
     assert {str(n) for n in names if n.name.startswith(".")} == dotted
