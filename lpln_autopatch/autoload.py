@@ -11,7 +11,6 @@ import os
 from typing import Any
 
 _VARIABLE = "LPLN_PRECISION"
-_OTHERS = ("LPLN_BACKEND", "LPLN_NORMS", "LPLN_EXEMPT", "LPLN_SUMMARY")
 _AS_IF_UNSET = ("", "0", "off", "no", "false")
 
 acted: str | None = None
@@ -29,34 +28,16 @@ def is_set() -> bool:
     return asks(os.environ.get(_VARIABLE, ""))
 
 
-def mistake() -> str | None:
-    """Return a sentence about variables that are misspelt or lack LPLN_PRECISION, or None."""
-    ours = (_VARIABLE, *_OTHERS)
-    names = [name for name in os.environ if name.startswith("LPLN_")]
-    if not names or (_VARIABLE in names and not is_set()):
-        return None
-    for name in names:
-        if name not in ours:
-            from difflib import get_close_matches  # torch has imported it
-
-            stems = [our.removeprefix("LPLN_") for our in ours]
-            meant = get_close_matches(name.removeprefix("LPLN_"), stems, 1, 0.75)
-            if meant:
-                return f"{name} has no effect: did you mean LPLN_{meant[0]}?"
-    alone = [name for name in _OTHERS if asks(os.environ.get(name, ""))]
-    if alone and _VARIABLE not in names:
-        verb = "has" if len(alone) == 1 else "have"
-        what = f"{' and '.join(alone)} {verb} no effect at this import without {_VARIABLE}"
-        return f"{what}: did you mean {_VARIABLE}=amp, too?"
-    return None
-
-
 def _warn_of_mistake() -> None:
-    """Print the mistake, once: no warning of Python's, which may be an error."""
+    """Print what is wrong with our variables, once: not as a warning, which may be an error."""
     global _warned
-    if not _warned and (sentence := mistake()):
-        import sys
+    if _warned or not any(name.startswith("LPLN_") for name in os.environ):
+        return
+    import sys
 
+    from lpln_autopatch.variables import mistake
+
+    if sentence := mistake():
         _warned = True
         print(f"lpln_autopatch: {sentence}", file=sys.stderr)
 

@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from lpln_autopatch import autoload
+from lpln_autopatch import autoload, variables
 from lpln_autopatch.precision import Precision
 
 VARIABLES = (
-    *(f"LPLN_{name}" for name in ("PRECISION", "BACKEND", "NORMS", "EXEMPT", "SUMMARY")),
+    *variables.NAMES,
     "TORCH_DEVICE_BACKEND_AUTOLOAD",
     "AUTOWRAPT_BOOTSTRAP",
     "PYTHONPATH",
@@ -112,7 +112,7 @@ def _verdict(found: dict[str, Any]) -> str:
 
 def _advice() -> list[str]:
     """What to do about variables that say nothing, or cannot be checked here."""
-    advice = [autoload.mistake()]
+    advice = [variables.mistake()]
     if os.environ.get("LPLN_EXEMPT"):
         advice.append(
             "LPLN_EXEMPT is matched when a program makes its modules: LPLN_SUMMARY=1 names at exit "
