@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from lpln_autopatch import exemption
+from lpln_autopatch import exemption, exporting
 from lpln_autopatch.backends import Backend, lean, native
 from lpln_autopatch.backends.autograd import DTYPES
 from lpln_autopatch.precision import NoEffectWarning
@@ -19,6 +19,7 @@ from lpln_autopatch.torch_compat import (
     autocast_dtype,
     is_compiling,
     is_dynamo_compiling,
+    is_exporting,
     is_tracing,
     never_a_frame_of_its_own,
     run_while_compiling,
@@ -93,6 +94,9 @@ def decide(lowering: Lowering, norm: str, x: object, weight: Tensor | None) -> t
     if dtype not in lowering.dtypes:
         _warn_of_other_dtype(lowering.precision, dtype, is_dynamo_compiling())
         return f"precision {lowering.precision}, autocast to {dtype}"
+    if is_exporting() and not exporting.autocast_is_exported():
+        _warn_of_autocast_outside(is_dynamo_compiling())
+        return "autocast is outside of what is exported"
     return dtype
 
 
@@ -122,15 +126,31 @@ _warned: set[str] = set()
 
 @run_while_compiling
 def _warn_of_other_dtype(precision: str, dtype: torch.dtype, compiling: bool) -> None:
-    if precision in _warned:
-        return
-    _warned.add(precision)
-    message = (
+    _warn_once(
         f"precision {precision!r} is active, but autocast runs in {dtype}: "
-        "norms stay as PyTorch has them. Precision 'amp' engages for float16 and bfloat16."
+        "norms stay as PyTorch has them. Precision 'amp' engages for float16 and bfloat16.",
+        precision,
+        compiling,
     )
+
+
+@run_while_compiling
+def _warn_of_autocast_outside(compiling: bool) -> None:
+    _warn_once(
+        "norms are exported as PyTorch has them: torch.autocast is outside of what is exported, "
+        "and the program will run under the autocast of its caller. To export lowered norms, enter "
+        "torch.autocast in the module's forward.",
+        "export",
+        compiling,
+    )
+
+
+def _warn_once(message: str, what: str, compiling: bool) -> None:
+    if what in _warned:
+        return
+    _warned.add(what)
     try:
-        warnings.warn(message, NoEffectWarning, stacklevel=2)
+        warnings.warn(message, NoEffectWarning, stacklevel=3)
     except NoEffectWarning:  # where warnings are errors
         if not compiling:
             raise

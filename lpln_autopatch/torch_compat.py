@@ -21,11 +21,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 if TORCH_VERSION >= (2, 4):
 
     def autocast_dtype(device_type: str) -> torch.dtype | None:
-        """The dtype that autocast runs `device_type` in now, or None where it is off.
-
-        None too for a device type that autocast does not know, such as meta: asking torch
-        whether it is enabled there raises.
-        """
+        """The dtype that autocast runs `device_type` in now, or None where it is off."""
+        # meta is a type that autocast does not know: is_autocast_enabled raises there.
         # The two that every build knows need not be asked for.
         if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
             return None
@@ -107,6 +104,10 @@ else:  # until torch 2.1: Dynamo had no public flag, and inlined no module of to
         return False
 
     is_compiling = is_exporting = is_dynamo_compiling
+
+# until torch 2.7: it cannot be asked
+is_exporting: Callable[[], bool]
+is_exporting = getattr(getattr(torch, "compiler", None), "is_exporting", lambda: False)
 
 
 def run_while_compiling(function: _F) -> _F:

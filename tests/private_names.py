@@ -68,6 +68,12 @@ PRIVATE_NAMES = {
     "None: torch.compile does not say which module it was given.": [
         Name("torch._dynamo.eval_frame.OptimizedModule.__init__._orig_mod", since=(2, 0)),
     ],
+    "None: an export does not say which autocast it has entered.": [
+        Name("torch._dynamo.symbolic_convert.InstructionTranslator.current_tx", since=(2, 7)),
+        Name("torch.fx.experimental.proxy_tensor.get_proxy_mode", since=(2, 7)),
+        Name("torch.amp._enter_autocast", since=(2, 7)),
+        Name("torch.amp._exit_autocast", since=(2, 7)),
+    ],
     "None: torch.compiler.substitute_in_graph replaces a function for good.": [
         Name("torch._dynamo.trace_rules.torch_name_rule_map", since=(2, 5)),
         Name("torch._dynamo.trace_rules.get_torch_obj_rule_map", since=(2, 5)),

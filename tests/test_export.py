@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+
 import pytest
 import torch
-from support import run_forked
+from support import autocast, run_forked
 
+import lpln_autopatch as lpln
+from lpln_autopatch import low_precision_layernorm
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -68,3 +73,64 @@ def test_exported_program_gives_what_the_eager_one_gave(how):
     first, seen, *rest = run_forked("-c", EXPORTED_UNDER_CUDAS_LISTS, how).stdout.splitlines()
     assert (first, seen) == ("{torch.float32}", "[]")
     assert rest == ["{torch.bfloat16} True", "[True, True, True]"] * 2
+
+
+class Between(torch.nn.Module):
+    """Norms before a matrix, under an autocast of its own or none."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.own = own
+        self.norms = torch.nn.ModuleList([LayerNorm(8), torch.nn.GroupNorm(2, 8)])
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        with autocast() if self.own else contextlib.nullcontext():
+            normalised = [norm(x) for norm in self.norms]
+            return *normalised, *map(self.linear, normalised)
+
+
+needs_exports_that_say_so = pytest.mark.skipif(
+    TORCH_VERSION < (2, 7), reason="torch < 2.7 does not say that it exports; CI runs later ones"
+)
+
+
+@needs_exports_that_say_so
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("prepare", [lambda m: m, lpln.apply_low_precision_layernorm])
+def test_program_exported_under_an_outer_autocast_runs_with_one_and_without(prepare, strict):
+    """It is stock's, which decides at each call, and says once how to export lowered norms."""
+    model, x = Between(own=False), torch.randn(4, 8)
+
+    def runs(model):
+        for is_on in (True, False):
+            with torch.no_grad(), autocast(enabled=is_on):
+                yield from model(x)
+
+    expected = list(runs(model))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", lpln.NoEffectWarning)
+        with low_precision_layernorm(norms="all"):
+            prepare(model)
+            with torch.no_grad(), autocast():
+                programs = [torch.export.export(model, (x,), strict=strict) for _ in range(2)]
+            for program in programs:
+                got = list(runs(program.module()))
+                assert [y.dtype for y in got] == [FP32, FP32, BF16, BF16, FP32, FP32, FP32, FP32]
+                assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    (warning,) = (w for w in caught if w.category is lpln.NoEffectWarning)
+    assert "enter torch.autocast in the module's forward" in str(warning.message)
+
+
+@needs_exports_that_say_so
+@pytest.mark.filterwarnings("error::lpln_autopatch.NoEffectWarning")
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("outer", [False, True])
+def test_program_exported_with_an_autocast_of_its_own_is_lowered(outer, strict):
+    """Whatever is outside, and wherever it runs."""
+    model, x = Between(own=True), torch.randn(4, 8)
+    with low_precision_layernorm(norms="all"), torch.no_grad(), autocast(enabled=outer):
+        program = torch.export.export(model, (x,), strict=strict)
+    for is_on in (True, False):
+        with torch.no_grad(), autocast(enabled=is_on):
+            assert [y.dtype for y in program.module()(x)] == [BF16] * 4

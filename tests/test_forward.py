@@ -435,18 +435,6 @@ def test_fake_tensors_have_the_lowered_dtype(layer_norm, lowered):
     assert (y.dtype, y.shape) == (BF16, (4, 8))
 
 
-@pytest.mark.skipif(TORCH_VERSION < (2, 5), reason="torch.export of older versions differs")
-@pytest.mark.parametrize("strict", [True, False])
-def test_export_keeps_the_lowered_dtype(layer_norm, lowered, strict):
-    """An exported program is lowered as the model was, also after the block."""
-    x = torch.randn(4, 8)
-    with autocast():
-        program = torch.export.export(layer_norm, (x,), strict=strict)
-        expected = layer_norm(x)
-    lpln.disable()
-    assert torch.equal(program.module()(x), expected)
-
-
 @pytest.mark.skipif(TORCH_VERSION < (2, 0), reason="make_fx of torch 1.13 lacks autocast's ops")
 def test_make_fx_traces_the_lowered_call(layer_norm, lowered):
     """make_fx records the norm and the rounding."""
