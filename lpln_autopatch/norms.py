@@ -39,11 +39,20 @@ def lowered(norm: str, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return FUNCTIONS[norm]
 
 
-def exempting_forward(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return what LayerNorm.forward runs while it is exchanged."""
-    global _forward
-    _forward = stock
-    return layer_norm_forward
+def exempting_forward(norm: str, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return what the forward of the module of `norm` runs while it is exchanged."""
+    if norm == "layer_norm":
+        global _forward
+        _forward = stock
+        return layer_norm_forward
+
+    def forward(self: torch.nn.Module, input: Tensor) -> Tensor:
+        y: Tensor = (
+            run_stock("exempt", stock, self, input) if is_marked(self) else stock(self, input)
+        )
+        return y
+
+    return traced_like_torchs_own(forward, normalization)
 
 
 def layer_norm_forward(self: torch.nn.LayerNorm, input: Tensor) -> Tensor:
@@ -112,6 +121,9 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     **({"rms_norm": rms_norm} if HAS_RMS_NORM else {}),
 }
 """What runs in the place of each function of torch.nn.functional, by its name there."""
+
+MODULES = {"layer_norm": "LayerNorm", "group_norm": "GroupNorm", "rms_norm": "RMSNorm"}
+"""The class of torch.nn that calls each function."""
 
 NAMES = (*FUNCTIONS, *([HAND_WRITTEN] if HAS_RMS_NORM else []))
 """The norms that can be lowered with this torch, as LPLN_NORMS names them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -98,9 +99,14 @@ class Patches:
             norm: Exchange.of_torch(F, norm, functools.partial(norms.lowered, norm))
             for norm in norms.FUNCTIONS
         }
-        self._forward = Exchange.of_torch(
-            normalization, "LayerNorm.forward", norms.exempting_forward
-        )
+        self._forwards = {
+            norm: Exchange.of_torch(
+                normalization,
+                f"{norms.MODULES[norm]}.forward",
+                functools.partial(norms.exempting_forward, norm),
+            )
+            for norm in norms.FUNCTIONS
+        }
         self._checkpointing = [
             Exchange.of_torch(torch.utils.checkpoint, *function) for function in carried.items()
         ]
@@ -113,8 +119,8 @@ class Patches:
         Raises:
             RuntimeError: one is hidden by something that is no Python function.
         """
-        named = [self._norms[norm] for norm in wanted if norm in self._norms]
-        for exchange in (*named, self._forward, *self._checkpointing):
+        named = [(self._norms[n], self._forwards[n]) for n in wanted if n in self._norms]
+        for exchange in (*itertools.chain(*named), *self._checkpointing):
             exchange.prepare()
 
     def follow(
@@ -165,7 +171,8 @@ class Patches:
                 yield exchange, exchange.replacement if norm in wanted else None
         for exchange in self._checkpointing:
             yield exchange, exchange.replacement if carries else None
-        yield self._forward, self._forward.replacement if "layer_norm" in wanted else None
+        for norm, exchange in self._forwards.items():
+            yield exchange, exchange.replacement if norm in wanted else None
 
     def settle(self, stacklevel: int) -> None:
         """After a change, under no lock: have compiled code follow, or warn."""
