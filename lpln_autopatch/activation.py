@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("lpln_autopatch")
 _F = TypeVar("_F", bound=Callable[..., Any])
-_Module = TypeVar("_Module", bound="torch.nn.Module")
+_Exempt = TypeVar("_Exempt", bound="torch.nn.Module | type[torch.nn.Module]")
 
 
 def enable(
@@ -166,33 +166,39 @@ class low_precision_layernorm(contextlib.ContextDecorator):
         entry[1].close()
 
 
-def exempt(module: _Module, exempt: bool = True) -> _Module:
+def exempt(module: _Exempt, exempt: bool = True) -> _Exempt:
     """Keep `module`, and every module that is inside it now, as PyTorch has it.
 
-    For the final norm of a model that spikes. It covers whatever the forward of the module calls,
+    For the final norm of a model that spikes. It covers whatever `module(x)` calls in its thread,
     `torch.nn.functional.layer_norm` included. The mark survives deepcopy and pickling, is no part
-    of the state_dict, and compiled code follows it.
+    of the state_dict, and compiled code follows it. For a class, it covers the calls of all its
+    instances, and of its subclasses', also of those that are made later.
 
-    Where the forward is not that of `torch.nn.LayerNorm`, it is done by forward hooks (from torch
-    2.1 on): TorchScript does not compile those; take the mark off before `torch.jit.script`.
+    It does not cover `module.forward(x)` and other methods, except the forwards of torch.nn's
+    norms, nor what other threads run, except modules that are marked themselves. It uses forward
+    hooks (from torch 2.1 on). TorchScript compiles those if the forward takes one tensor and gives
+    one; otherwise take the mark off before `torch.jit.script`.
 
     Args:
-        module: A norm, or any module that contains some.
-        exempt: False takes the marks off again.
+        module: A norm, any module that contains some, or a class of modules.
+        exempt: False takes the marks off again, those of LPLN_EXEMPT included.
 
     Returns:
         `module`.
 
     Raises:
-        TypeError: `module` is not a `torch.nn.Module`.
+        TypeError: `module` is not a `torch.nn.Module`, nor a class of them.
     """
     import torch
 
     from lpln_autopatch import exemption
 
-    if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"exempt() takes a torch.nn.Module, not {type(module)}.")
-    exemption.mark(module, bool(exempt))
+    if isinstance(module, torch.nn.Module):
+        exemption.mark(module, bool(exempt))
+    elif isinstance(module, type) and issubclass(module, torch.nn.Module):
+        exemption.mark_class(module, bool(exempt))
+    else:
+        raise TypeError(f"exempt() takes a torch.nn.Module or a class of them, not {module!r}.")
     return module
 
 

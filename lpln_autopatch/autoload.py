@@ -82,7 +82,7 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
 
         names = None
         if os.environ.get("LPLN_EXEMPT"):
-            from lpln_autopatch.exemption import ByName
+            from lpln_autopatch.exempt_by_name import ByName
 
             names = ByName(os.environ["LPLN_EXEMPT"])
             names.install()

@@ -1,19 +1,15 @@
-"""What keeps calls stock: exempt modules, and whatever else runs a function stock.
-
-Modules are exempt by a call, or by their names, from the moment they become part of a model.
-"""
+"""What keeps calls stock: exempt modules and classes, and whatever else runs a function stock."""
 
 from __future__ import annotations
 
+import functools
 import importlib
-import logging
 import threading
-import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lpln_autopatch import dynamo
 from lpln_autopatch.torch_compat import (
@@ -22,7 +18,6 @@ from lpln_autopatch.torch_compat import (
     drop_compiled_code_that_cannot_follow,
     is_dynamo_compiling,
     never_a_frame_of_its_own,
-    on_module_registration,
     remove_forward_hooks,
     run_while_compiling,
 )
@@ -33,23 +28,28 @@ MARK = "_lpln_autopatch_exempt"
 BY_NAME = "LPLN_EXEMPT"
 """The mark of a module that is exempt by its name: modules that are added to it inherit it."""
 
+KEPT = "_lpln_autopatch_not_by_name"
+"""The attribute of a module that lost such a mark by a call: it does not get another one."""
+
 # Counts the calls of `mark`, for compiled code: Dynamo does not guard on a module's hooks. A
 # string, because Dynamo may make a symbol of an integer that changes.
 changes = "0"
-_has_hooked = False  # Whether `mark` has given a module hooks.
-
-_logger = logging.getLogger("lpln_autopatch")
+_has_hooked = False  # Whether `mark` has given hooks to a module that may call a norm itself.
+is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
+_classes: tuple[type[nn.Module], ...] = ()  # Those that are exempt.
 
 
 class _Thread(threading.local):
     """Why the calls of this thread are stock now, outermost reason first.
 
-    A list, because Dynamo follows what is appended to one, and not what is assigned to an
-    attribute of a thread's own.
+    Lists, because Dynamo follows what is appended to one, and not what is assigned to an attribute
+    of a thread's own. Not one list of pairs: code behind a graph break guards on `reasons`, and
+    would be compiled anew for each module that is in it.
     """
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
+        self.inside: list[nn.Module] = []  # the exempt ones whose hooks gave a reason
 
 
 _thread = _Thread()
@@ -80,35 +80,92 @@ def is_marked(module: torch.nn.Module) -> bool:
     Dynamo guards on `hasattr`: not on what is missing in a `__dict__` (torch 2.13), nor on what is
     there (2.5 to 2.11).
     """
-    return hasattr(module, MARK) if is_dynamo_compiling() else MARK in module.__dict__
+    is_one = hasattr(module, MARK) if is_dynamo_compiling() else MARK in module.__dict__
+    return is_one or isinstance(module, _classes)
 
 
-def mark(module: torch.nn.Module, exempt: bool | str) -> None:
+def mark(module: nn.Module, exempt: bool | str) -> None:
     """Mark `module` and every module that is inside it now with `exempt`; False takes marks off."""
-    global changes, _has_hooked
+    global _has_hooked
     dynamo.note_switch()
+    fast = {m for layer in module.modules() if _has_fast_path(layer) for m in layer.modules()}
     for submodule in module.modules():
-        vars(submodule).pop(MARK, None)
+        state = vars(submodule)
+        if exempt == BY_NAME and KEPT in state:
+            continue
+        was = state.pop(MARK, None)
         remove_forward_hooks(submodule, _enter, _leave)
-        if exempt:
-            setattr(submodule, MARK, exempt)
-            if HOOKS_RUN_ALWAYS and _may_call_a_norm_itself(submodule):
-                submodule.register_forward_pre_hook(_enter, prepend=True)
-                submodule.register_forward_hook(_leave, always_call=True)
-                _has_hooked = True
+        if not exempt:
+            if was == BY_NAME:
+                setattr(submodule, KEPT, True)
+            continue
+        state.pop(KEPT, None)
+        setattr(submodule, MARK, exempt)
+        calls_a_norm = _may_call_a_norm_itself(submodule)
+        _has_hooked |= calls_a_norm
+        # A LayerNorm may be given another forward, or another class.
+        later = isinstance(submodule, nn.LayerNorm) and submodule not in fast
+        if HOOKS_RUN_ALWAYS and (calls_a_norm or later):
+            submodule.register_forward_pre_hook(_enter, prepend=True)
+            submodule.register_forward_hook(_leave, always_call=True)
+    _follow()
+
+
+def _follow() -> None:
+    """Have compiled code follow a change."""
+    global changes
     changes = str(int(changes) + 1)
     dynamo.note_switch()
     drop_compiled_code_that_cannot_follow()
 
 
-def _enter(module: torch.nn.Module, args: object) -> None:
-    _thread.reasons.append("exempt")
+# TorchScript compiles a module's hooks. So these have the types of a norm's forward.
+def _enter(module: nn.Module, args: tuple[Tensor]) -> None:
+    if not is_scripting():
+        _thread.reasons.append("exempt")
+        _thread.inside.append(module)
 
 
-def _leave(module: torch.nn.Module, args: object, output: object) -> None:
-    # Nothing is there if another pre-hook raised before ours ran.
-    if _thread.reasons:
+def _leave(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+    if not is_scripting():
+        _end_of(module)
+
+
+def _end_of(module: nn.Module) -> None:
+    # If another pre-hook raised before ours ran, there is nothing to end.
+    if _thread.inside and _thread.inside[-1] is module:
+        _thread.inside.pop()
         _thread.reasons.pop()
+
+
+def mark_class(cls: type[nn.Module], exempt: bool) -> None:
+    """Have all instances of `cls` exempt, also those that are made later; False ends that."""
+    global _classes
+    if exempt == (cls in _classes):
+        return
+    dynamo.note_switch()
+    if exempt:
+        cls.__call__ = _exempting(cls.__call__)  # type: ignore[method-assign]
+        _classes += (cls,)
+    else:
+        _classes = tuple(each for each in _classes if each is not cls)
+        ours: Any = vars(cls).get("__call__")
+        if getattr(ours, "__globals__", None) is globals():  # or another patcher's is above
+            del cls.__call__
+            if cls.__call__ is not ours.__wrapped__:  # it had one of its own
+                cls.__call__ = ours.__wrapped__  # type: ignore[method-assign]
+    _follow()
+
+
+def _exempting(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Dynamo guards on what it compares, and on no attribute of a class.
+        if isinstance(self, _classes):
+            return run_stock("exempt", call, self, *args, **kwargs)
+        return call(self, *args, **kwargs)
+
+    return never_a_frame_of_its_own(__call__)
 
 
 @run_while_compiling
@@ -124,11 +181,11 @@ def guard_on_hooks() -> None:
         config.skip_nnmodule_hook_guards = False
 
 
-def _may_call_a_norm_itself(module: torch.nn.Module) -> bool:
+def _may_call_a_norm_itself(module: nn.Module) -> bool:
     """Whether hooks are needed.
 
     LayerNorm's own forward looks at the mark, and the other modules of torch.nn call no norm but
-    GroupNorm and RMSNorm. TorchScript compiles modules that have no hooks.
+    GroupNorm and RMSNorm.
     """
     if "forward" in vars(module) or type(module).__name__ in ("GroupNorm", "RMSNorm"):
         return True
@@ -136,75 +193,10 @@ def _may_call_a_norm_itself(module: torch.nn.Module) -> bool:
     return not home.startswith(("torch.nn.", "torch.jit.", "lpln_autopatch."))
 
 
-class ByName:
-    """Marks modules whose name ends as one of `patterns` says, when one becomes part of another.
-
-    A name is known as soon as a module is registered in another, in whatever order a model is put
-    together: its own in its parent, that one's in the next, and so on. The end of the name is
-    matched, because nothing says which module is the outermost.
-
-    Args:
-        patterns: Ends of names, as `named_modules` has them, with commas between them. In each
-            component `*`, `?` and `[...]` are those of file names.
-
-    Attributes:
-        unmatched: The patterns that no module's name has matched so far.
-    """
-
-    def __init__(self, patterns: str) -> None:
-        self._patterns = [
-            # In front of an end it says nothing, as in "*.norm".
-            pattern.removeprefix("*.").split(".")
-            for pattern in map(str.strip, patterns.split(","))
-            if pattern
-        ]
-        self.unmatched = {".".join(pattern) for pattern in self._patterns}
-        # The parents of each module, and its name in each.
-        self._parents: MutableMapping[
-            torch.nn.Module, list[tuple[weakref.ref[torch.nn.Module], str]]
-        ] = weakref.WeakKeyDictionary()
-
-    def install(self) -> Any:
-        """Watch every registration from now on; the handle that is returned ends that."""
-        return on_module_registration(self._register)
-
-    def _register(self, parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
-        if module is None:
-            return
-        parents, entry = self._parents.setdefault(module, []), (weakref.ref(parent), name)
-        if entry not in parents:
-            parents.append(entry)
-        is_inside = vars(parent).get(MARK) == BY_NAME
-        for inner, submodule in module.named_modules():
-            path = [name, *inner.split(".")] if inner else [name]
-            matched = {".".join(p) for p in self._patterns if self._matches(p, path, parent)}
-            self.unmatched -= matched
-            if is_inside or matched:
-                _mark_by_name(submodule, ".".join(path))
-
-    def _matches(self, pattern: Sequence[str], path: list[str], parent: torch.nn.Module) -> bool:
-        above = self._above(parent, len(pattern) - len(path))
-        return any(_ends_as([*names, *path], pattern) for names in above)
-
-    def _above(self, module: torch.nn.Module | None, count: int) -> Iterator[list[str]]:
-        """The last `count` components of each name that `module`, if it is still there, has."""
-        if count <= 0:
-            yield []
-        elif module is not None:
-            for parent, name in self._parents.get(module, ()):
-                yield from ([*names, name] for names in self._above(parent(), count - 1))
+def _has_fast_path(module: nn.Module) -> bool:
+    """Whether `module` runs one fused operation in `eval()`, if nothing in it has hooks."""
+    return isinstance(module, nn.TransformerEncoderLayer)
 
 
-def _ends_as(path: Sequence[str], pattern: Sequence[str]) -> bool:
-    return all(map(fnmatchcase, path[-len(pattern) :], pattern))
-
-
-def _mark_by_name(module: torch.nn.Module, name: str) -> None:
-    if vars(module).get(MARK) == BY_NAME:
-        return
-    mark(module, BY_NAME)
-    _logger.info("%s: %s is exempt", BY_NAME, name)
-
-
-for _function in (is_marked, why_stock, run_stock, _enter, _leave):
+for _function in (is_marked, why_stock, run_stock, _enter, _leave, _end_of):
     never_a_frame_of_its_own(_function)

@@ -15,6 +15,7 @@ from collections import Counter
 import torch
 
 from lpln_autopatch import exemption, forward, hand_written, kinds, norms, surgery
+from lpln_autopatch.exempt_by_name import ByName
 from lpln_autopatch.form import Form
 from lpln_autopatch.forward import INTERCEPTED, Lowering, decide
 from lpln_autopatch.hand_written import decide_form
@@ -34,7 +35,7 @@ _everything = False  # Whether LPLN_SUMMARY asks for the line whatever it says.
 _counting = True
 
 
-def install(everything: bool, names: exemption.ByName | None) -> None:
+def install(everything: bool, names: ByName | None) -> None:
     """Count from now on, and print to stderr when the process ends.
 
     Args:
@@ -106,7 +107,7 @@ def _forget() -> None:
     traced.clear()
 
 
-def _print(names: exemption.ByName | None) -> None:
+def _print(names: ByName | None) -> None:
     lines = [_all_calls() if _everything else _none_lowered()]
     if _everything and names is not None and names.unmatched and (calls or traced):
         lines.append(f"LPLN_EXEMPT: no module is called {', '.join(sorted(names.unmatched))}.")

@@ -387,8 +387,10 @@ def test_exempt_survives_copies_and_is_not_in_the_state_dict(layer_norm):
 
 def test_exempt_refuses_what_is_no_module():
     """exempt() of a name or a parameter is a TypeError that says what it takes."""
-    with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, not <class 'str'>"):
+    with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module or a class of them, not"):
         lpln.exempt("ln_f")
+    with pytest.raises(TypeError, match=r"not <class 'torch\.Tensor'>"):
+        lpln.exempt(torch.Tensor)
 
 
 def test_block_may_be_left_by_another_thread(layer_norm):

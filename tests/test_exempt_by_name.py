@@ -10,9 +10,10 @@ import pytest
 import torch
 from support import A_ROUTE, needs_dynamo, output_dtype, run_python
 from torch import nn
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 
 import lpln_autopatch as lpln
-from lpln_autopatch.exemption import ByName
+from lpln_autopatch.exempt_by_name import ByName
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
 pytestmark = pytest.mark.skipif(TORCH_VERSION < (2, 0), reason="modules tell since torch 2.0")
@@ -41,6 +42,16 @@ class Model(nn.Module):
         self.head = Head()
 
 
+def exempt_norms(model: nn.Module) -> set[str]:
+    """The LayerNorms of `model` that stay stock while a precision is active."""
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
+    with lpln.low_precision_layernorm("bf16"):
+        return {name for name, norm in norms.items() if output_dtype(norm) is torch.float32}
+
+
+NORMS = {"layers.0.norm", "layers.0.norm2", "layers.1.norm", "layers.1.norm2"}
+
+
 @pytest.fixture
 def by_name():
     """Installs the patterns that it is called with, for the test."""
@@ -53,17 +64,7 @@ def by_name():
 
     yield install
     for handle in handles:
-        handle.remove()
-
-
-def exempt_norms(model: nn.Module) -> set[str]:
-    """The LayerNorms of `model` that stay stock while a precision is active."""
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
-    with lpln.low_precision_layernorm("bf16"):
-        return {name for name, norm in norms.items() if output_dtype(norm) is torch.float32}
-
-
-NORMS = {"layers.0.norm", "layers.0.norm2", "layers.1.norm", "layers.1.norm2"}
+        handle.close()
 
 
 @pytest.mark.parametrize(
@@ -77,11 +78,20 @@ NORMS = {"layers.0.norm", "layers.0.norm2", "layers.1.norm", "layers.1.norm2"}
         ("layers", NORMS),
         ("norm", {"layers.0.norm", "layers.1.norm", "head.norm"}),
         ("model.head.norm", set()),
+        ("LayerNorm", {*NORMS, "final_norm", "head.norm"}),
+        ("Head", {"head.norm"}),
+        ("Model.final_norm", {"final_norm"}),
+        ("Head.norm, ModuleDict.norm2", {"head.norm", "layers.0.norm2", "layers.1.norm2"}),
+        ("layers.1.LayerNorm", {"layers.1.norm", "layers.1.norm2"}),
+        ("Mode*", set()),
         (", ,", set()),
     ],
 )
 def test_patterns_match_the_ends_of_names(by_name, patterns, expected):
-    """Each component, by the rules of file names, and whatever is inside a module that matches."""
+    """Each component by the rules of file names, or the name of a class or of a base of it.
+
+    Whatever is inside a module that matches is exempt, too.
+    """
     by_name(patterns)
     model = Model()
     assert exempt_norms(model) == expected
@@ -101,6 +111,59 @@ def test_names_are_known_in_whatever_order_a_model_is_put_together(by_name):
     assert exempt_norms(outer) == {"model.head.norm", "added.0"}
     lpln.exempt(outer, exempt=False)
     assert exempt_norms(outer) == set()
+
+
+def test_outermost_module_is_named_by_its_class(by_name):
+    """It has no name; from its first submodule on it is known, and its own calls are stock."""
+    by_name("Head")
+    with lpln.low_precision_layernorm("bf16"):
+        assert output_dtype(Head()) is torch.float32
+
+
+WRAPPERS = {
+    "compiled": lambda m: torch.compile(m, backend="eager"),
+    "checkpoint_wrapper": checkpoint_wrapper.checkpoint_wrapper,
+    "data parallel": nn.DataParallel,
+    "twice": lambda m: nn.DataParallel(checkpoint_wrapper.checkpoint_wrapper(m)),
+}
+
+
+@needs_dynamo
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrappers_are_left_out_of_names(by_name, wrap):
+    """Of torch.compile, checkpoint_wrapper, DistributedDataParallel and FSDP 1."""
+    by_name("outer.head.norm")
+    outer = nn.Module()
+    outer.head = wrap(Head())
+    model = nn.Module()
+    model.outer = wrap(outer)
+    (name,) = exempt_norms(model)
+    assert name.endswith("norm")
+
+
+@pytest.mark.parametrize("container", [nn.ModuleList, nn.Sequential])
+def test_module_that_is_inserted_into_an_exempt_container_is_exempt(by_name, container):
+    """As one that is appended."""
+    by_name("blocks")
+    model = nn.Module()
+    model.blocks = container()
+    model.blocks.append(nn.LayerNorm(8))
+    model.blocks.insert(0, nn.LayerNorm(8))
+    model.others = container()
+    model.others.insert(0, nn.LayerNorm(8))
+    assert exempt_norms(model) == {"blocks.0", "blocks.1"}
+
+
+def test_mark_that_was_taken_off_by_hand_stays_off(by_name):
+    """Wherever the module goes, and in copies; until it is exempted by hand."""
+    by_name("head")
+    model, outer = Model(), nn.Module()
+    lpln.exempt(model.head.norm, False)
+    outer.module = model
+    outer.head = copy.deepcopy(model.head)
+    assert exempt_norms(outer) == set()
+    lpln.exempt(outer.module)
+    assert "module.head.norm" in exempt_norms(outer)
 
 
 def test_registering_again_keeps_nothing_more(by_name):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import copy
 import io
 import pickle
@@ -14,7 +16,7 @@ from support import autocast, needs_dynamo, output_dtype
 
 import lpln_autopatch as lpln
 from lpln_autopatch import LPLayerNorm, low_precision_layernorm
-from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch.torch_compat import HAS_RMS_NORM, TORCH_VERSION
 
 BF16, FP32 = torch.bfloat16, torch.float32
 nn = torch.nn
@@ -126,12 +128,56 @@ def test_values_are_stock_bit_for_bit(model, lowered):
         assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (g, e)))
 
 
-def test_forward_that_is_called_by_itself(lowered):
-    """module.forward(x) runs no hooks; a LayerNorm's mark counts all the same."""
-    norm = lpln.exempt(nn.LayerNorm(8))
+TORCHS_NORMS = [nn.LayerNorm(8), nn.GroupNorm(2, 8)] + ([nn.RMSNorm(8)] if HAS_RMS_NORM else [])
+of_torchs_norms = pytest.mark.parametrize(
+    "norm", TORCHS_NORMS, ids=lambda norm: type(norm).__name__
+)
+
+
+@of_torchs_norms
+def test_forward_that_is_called_by_itself(lowered, norm):
+    """module.forward(x) runs no hooks; the mark of a norm of torch's counts all the same."""
+    norm = lpln.exempt(copy.deepcopy(norm))
     assert output_dtype(norm) is FP32
     with autocast():
         assert norm.forward(torch.randn(4, 8)).dtype is FP32
+        assert (
+            type(norm)(*((2, 8) if isinstance(norm, nn.GroupNorm) else (8,)))
+            .forward(torch.randn(4, 8))
+            .dtype
+            is BF16
+        )
+
+
+def give_it_a_forward(module):
+    module.forward = lambda x: F.layer_norm(x, (8,))
+
+
+def give_it_a_class(module):
+    module.__class__ = type(
+        "Another", (Functional, type(module)), {"breaks": False, "fails": False}
+    )
+
+
+@modes
+@of_torchs_norms
+@pytest.mark.parametrize("change", [give_it_a_forward, give_it_a_class])
+def test_norm_that_is_changed_after_the_mark_is_stock(lowered, norm, change, mode):
+    """Another forward, or another class, whose forward calls a function by itself."""
+    norm, other = lpln.exempt(copy.deepcopy(norm)), copy.deepcopy(norm)
+    for module in (norm, other):
+        change(module)
+    assert output_dtype(mode(norm)) is FP32
+    assert output_dtype(mode(other)) is BF16
+
+
+def test_fast_path_of_an_exempt_encoder_stays(lowered):
+    """nn.TransformerEncoderLayer takes it in eval() if nothing in it has hooks: the same bits."""
+    layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval()
+    x = torch.randn(2, 4, 8)
+    with torch.no_grad(), autocast():
+        expected = layer(x)
+        assert torch.equal(lpln.exempt(layer)(x), expected)
 
 
 def test_exception_in_an_exempt_forward_ends_it(model, lowered):
@@ -143,6 +189,35 @@ def test_exception_in_an_exempt_forward_ends_it(model, lowered):
             letters(model)
     model.norms[0].fails = False
     assert letters(model) == "sllll"
+
+
+def test_foreign_hook_that_raises_before_ours_ends_nothing(lowered):
+    """It was prepended after the mark. What is around the module stays stock."""
+
+    class Catches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Functional()
+
+        def forward(self, x):
+            with contextlib.suppress(KeyError):
+                self.inner(x)
+            return [F.layer_norm(x, (8,))]
+
+    def raises(module, args):
+        raise KeyError("in a hook")
+
+    model = lpln.exempt(Catches())
+    model.inner.register_forward_pre_hook(raises, prepend=True)
+    assert letters(model) == "s"
+    assert output_dtype(Functional()) is BF16
+
+
+def test_exempt_modules_in_a_thread_pool_are_stock(lowered):
+    """Marked modules are, in whatever thread they run."""
+    model = lpln.exempt(nn.ModuleList([nn.LayerNorm(8), nn.GroupNorm(2, 8), Functional()]))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert [*pool.map(output_dtype, model)] == [FP32] * 3
 
 
 def test_threads_are_exempt_by_themselves(lowered):
@@ -208,9 +283,10 @@ def test_checkpoint_inside_an_exempt_module_recomputes_stock(lowered, use_reentr
     assert seen == [FP32, FP32]
 
 
-def test_exempt_layernorm_can_be_scripted(lowered):
-    """A LayerNorm carries a mark and no hooks, which TorchScript would compile."""
-    norm = lpln.exempt(nn.LayerNorm(8))
+@of_torchs_norms
+def test_exempt_norm_can_be_scripted(lowered, norm):
+    """TorchScript compiles its hooks, which have the types of its forward."""
+    norm = lpln.exempt(copy.deepcopy(norm))
     assert output_dtype(torch.jit.script(norm)) is FP32
 
 
@@ -292,3 +368,73 @@ def test_what_takes_float32_alone_works_behind_an_exempt_norm(layer_norm, after)
             after(layer_norm(torch.randn(4, 8)))
         lpln.exempt(layer_norm)
         after(layer_norm(torch.randn(4, 8)))
+
+
+class InFloat32(Functional):
+    """A class that a program exempts."""
+
+
+class Derived(InFloat32):
+    """With a forward of its own."""
+
+    def forward(self, x):
+        return F.layer_norm(x, (8,))
+
+
+class WithACallOfItsOwn(InFloat32):
+    """As diffusers' and others' decorated modules."""
+
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+@pytest.fixture
+def exempt_class():
+    """Exempts classes, for the test."""
+    with contextlib.ExitStack() as stack:
+
+        def exempts(cls):
+            stack.callback(lpln.exempt, cls, False)
+            return lpln.exempt(cls)
+
+        yield exempts
+
+
+@modes
+@pytest.mark.parametrize("cls", [InFloat32, Derived, WithACallOfItsOwn])
+def test_instances_of_an_exempt_class_are_stock(lowered, exempt_class, mode, cls):
+    """Those that there are, later ones, those of subclasses, copies; until it is taken off."""
+    model = nn.Sequential(cls())
+    run = mode(model)
+    assert output_dtype(run) is BF16
+    assert exempt_class(InFloat32) is InFloat32
+    lpln.exempt(InFloat32)
+    later = mode(nn.Sequential(cls()))
+    twin = mode(pickle.loads(pickle.dumps(model)))
+    assert [output_dtype(each) for each in (run, later, twin)] == [FP32] * 3
+    assert output_dtype(mode(Functional())) is BF16
+    lpln.exempt(InFloat32, False)
+    assert [output_dtype(each) for each in (run, later, twin)] == [BF16] * 3
+    assert ("__call__" in vars(cls)) == (cls is WithACallOfItsOwn)
+
+
+@modes
+def test_exempt_class_of_torchs(lowered, exempt_class, mode):
+    """LayerNorm itself, its forward called by itself, surgery and TorchScript."""
+    exempt_class(nn.LayerNorm)
+    for norm in (nn.LayerNorm(8), LPLayerNorm(8)):
+        assert output_dtype(mode(norm)) is FP32
+        with autocast():
+            assert norm.forward(torch.randn(4, 8)).dtype is FP32
+    assert output_dtype(torch.jit.script(nn.LayerNorm(8))) is FP32
+    assert output_dtype(mode(nn.GroupNorm(2, 8))) is BF16
+
+
+def test_exempt_class_beneath_another_patcher(lowered, monkeypatch):
+    """What somebody has put above our __call__ stays there, and lowers again afterwards."""
+    lpln.exempt(Derived)
+    ours = Derived.__call__
+    monkeypatch.setattr(Derived, "__call__", lambda self, x: ours(self, x))
+    assert output_dtype(Derived()) is FP32
+    lpln.exempt(Derived, False)
+    assert output_dtype(Derived()) is BF16
