@@ -119,6 +119,18 @@ def autocast(dtype: torch.dtype = torch.bfloat16, **options: object) -> torch.au
     return torch.autocast("cpu", dtype=dtype, **options)
 
 
+class UnderAutocast(torch.nn.Module):
+    """A model that enters autocast itself: a part of what is exported."""
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with autocast(self.dtype):
+            return self.model(x)
+
+
 def output_dtype(
     module: torch.nn.Module, x: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> torch.dtype:

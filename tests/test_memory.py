@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support import autocast
+from support import UnderAutocast, autocast
 
 from lpln_autopatch import low_precision_layernorm
 from lpln_autopatch.bench.recipe import ComposerRecipe
@@ -174,7 +174,9 @@ def test_compiled_code_rounds_no_low_precision_input(input_dtype):
     x = (torch.randn(ROWS, FEATURES) * 3 + 5).to(input_dtype)
     with low_precision_layernorm(), autocast(other):
         y = torch.compile(norm, fullgraph=True, backend="aot_eager")(x)
-        exported = torch.export.export(norm, (x.float(),)).module()(x.float())
+    with low_precision_layernorm():
+        model = UnderAutocast(norm, other)
+        exported = torch.export.export(model, (x.float(),)).module()(x.float())
     expected = norm(x.float()).to(other)
     assert torch.equal(y, expected)
     assert torch.equal(exported, expected)

@@ -356,18 +356,6 @@ def test_functorch_transforms(functional, x):
     assert y.dtype is tangent.dtype is BF16
 
 
-@needs_dynamo
-@pytest.mark.parametrize("strict", [True, False])
-def test_export_keeps_the_lowered_dtype(functional, x, strict):
-    """An exported program is lowered as the model was, also after the block."""
-    with low_precision_layernorm(), autocast():
-        expected = functional(x)
-        program = torch.export.export(functional, (x,), strict=strict)
-    with autocast():
-        assert torch.equal(program.module()(x), expected)
-    assert expected.dtype is BF16
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint_recomputes_as_forward_ran(functional, x, use_reentrant):
     """A recomputation after disable() is lowered, and gives the same gradients."""
