@@ -74,6 +74,17 @@ PRIVATE_NAMES = {
         Name("torch.amp._enter_autocast", since=(2, 7)),
         Name("torch.amp._exit_autocast", since=(2, 7)),
     ],
+    "None: no wrapper says under which name it holds what it wraps.": [
+        Name(
+            "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper"
+            ".__init__._checkpoint_wrapped_module",
+            since=(2, 0),
+        ),
+        Name(
+            "torch.distributed.fsdp.FullyShardedDataParallel.forward._fsdp_wrapped_module",
+            since=(2, 0),
+        ),
+    ],
     "None: torch.compiler.substitute_in_graph replaces a function for good.": [
         Name("torch._dynamo.trace_rules.torch_name_rule_map", since=(2, 5)),
         Name("torch._dynamo.trace_rules.get_torch_obj_rule_map", since=(2, 5)),

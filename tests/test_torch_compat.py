@@ -26,6 +26,7 @@ NOT_OF_TORCH = {
     "_asked",
     "_initializing",
     "_lpln_autopatch_exempt",
+    "_lpln_autopatch_not_by_name",
     "_lpln_autopatch_",
     "_original",
 }
