@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from lpln_autopatch import exemption, exporting
-from lpln_autopatch.backends import Backend, lean, native
+from lpln_autopatch.backends import Backend, native
 from lpln_autopatch.backends.autograd import DTYPES
 from lpln_autopatch.precision import NoEffectWarning
 from lpln_autopatch.torch_compat import (
@@ -40,7 +40,7 @@ class Lowering:
         precision: Its name, for the warning when it does not engage.
         dtypes: The autocast dtypes for which it engages; twice the same if it is one.
         norms: The names of the norms that are lowered, separated by commas; "" lowers none.
-        backend: What normalises a LayerNorm.
+        backend: What normalises a LayerNorm, and an RMSNorm if it can.
     """
 
     # Dynamo reads the values for its guards after it has compiled, and another thread may have put
@@ -102,6 +102,7 @@ def decide(lowering: Lowering, norm: str, x: object, weight: Tensor | None) -> t
 
 def run_backend(
     lowering: Lowering,
+    norm: str,
     x: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None,
@@ -111,13 +112,21 @@ def run_backend(
 ) -> Tensor:
     """Normalise `x` in `dtype`: by the backend in eager mode, natively where code is compiled.
 
-    Of the backends lean alone says what compiled code keeps.
+    Args:
+        lowering: The one that is active.
+        norm: "layer_norm", or "rms_norm", which has no bias. A backend without an `rms_norm` leaves
+            that to native.
+        x: As for a `Backend`; and so are the others.
     """
-    if not is_compiling():
-        return lowering.backend(x, normalized_shape, weight, bias, eps, dtype)
-    if lowering.backend is lean.normalise and is_dynamo_compiling():
-        return lean.normalise_in_a_graph(x, normalized_shape, weight, bias, eps, dtype)
-    return native.lower(torch.layer_norm, x, normalized_shape, weight, bias, eps, dtype)
+    compiling = is_compiling()
+    if norm == "rms_norm":
+        rms_norm = native.rms_norm
+        if not compiling:
+            rms_norm = getattr(lowering.backend, "rms_norm", rms_norm)
+        return rms_norm(x, normalized_shape, weight, eps, dtype)
+    if compiling:
+        return native.lower(torch.layer_norm, x, normalized_shape, weight, bias, eps, dtype)
+    return lowering.backend(x, normalized_shape, weight, bias, eps, dtype)
 
 
 _logger = logging.getLogger("lpln_autopatch")

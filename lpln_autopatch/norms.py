@@ -73,7 +73,8 @@ def layer_norm(
     lowering = forward.active
     dtype = decide(lowering, "layer_norm", input, weight)
     if not isinstance(dtype, str):
-        return run_backend(lowering, input, normalized_shape, weight, bias, eps, dtype)
+        norm = "layer_norm"
+        return run_backend(lowering, norm, input, normalized_shape, weight, bias, eps, dtype)
     return _layer_norm(input, normalized_shape, weight, bias, eps)
 
 
@@ -104,15 +105,9 @@ def rms_norm(
         # PyTorch's default is that of the dtype in which it computes: under CUDA's autocast,
         # float32.
         eps = torch.finfo(torch.float32).eps if eps is None else eps
-        operator = _rms_norm_operator
-        return native.lower(operator, input, normalized_shape, weight, None, eps, dtype)
+        norm = "rms_norm"
+        return run_backend(lowering, norm, input, normalized_shape, weight, None, eps, dtype)
     return _rms_norm(input, normalized_shape, weight, eps)
-
-
-def _rms_norm_operator(
-    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: None, eps: float
-) -> Tensor:
-    return torch.rms_norm(x, normalized_shape, weight, eps)
 
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -164,5 +159,5 @@ def _call_bound(descriptor: Any, module: torch.nn.Module, *args: Any, **kwargs: 
 
 traced_like_torchs_own(layer_norm_forward, normalization)
 _function: Any
-for _function in (*FUNCTIONS.values(), _rms_norm_operator, _call_bound):
+for _function in (*FUNCTIONS.values(), _call_bound):
     never_a_frame_of_its_own(_function)

@@ -73,7 +73,7 @@ class LPLayerNorm(torch.nn.LayerNorm):
         if isinstance(dtype, str):
             # The operator: what is active has no say in a module of its own precision.
             return torch.layer_norm(*arguments)
-        return run_backend(lowering, *arguments, dtype)
+        return run_backend(lowering, "layer_norm", *arguments, dtype)
 
     # TorchScript compiles the source of what this stands for.
     forward.__wrapped__ = inspect.unwrap(torch.nn.LayerNorm.forward)  # type: ignore[attr-defined]

@@ -14,10 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lpln_autopatch import low_precision_layernorm
 from lpln_autopatch.backends import autograd, fused, native
+from lpln_autopatch.backends.fused import grid
 from lpln_autopatch.torch_compat import TORCH_VERSION
 
 CUDA = torch.cuda.is_available()
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+rms = pytest.mark.parametrize("rms", [False, True], ids=["layer_norm", "rms_norm"])
 
 
 @pytest.fixture
@@ -31,15 +35,15 @@ def few_programs(monkeypatch):
 @pytest.fixture(params=["one block", "looped"])
 def any_kernel(request, few_programs, monkeypatch):
     """Each test twice: as it is, and with the kernels for rows that are too long for one block."""
-    from lpln_autopatch.backends.fused import launch
-
     if request.param == "looped":
-        monkeypatch.setattr(launch, "_ONE_BLOCK", 0)
-        monkeypatch.setattr(launch, "_LOOPED_FORWARD", (1, 64))
-        monkeypatch.setattr(launch, "_LOOPED_BACKWARD", (4, 32))
-    launch._tile.cache_clear()
+        monkeypatch.setattr(grid, "ONE_BLOCK", 0)
+        monkeypatch.setattr(grid, "LOOPED_FORWARD", (1, 64))
+        monkeypatch.setattr(grid, "LOOPED_BACKWARD", (4, 32))
+    for cached in (grid.tile, grid.backward):
+        cached.cache_clear()
     yield
-    launch._tile.cache_clear()
+    for cached in (grid.tile, grid.backward):
+        cached.cache_clear()
 
 
 def arguments(shape, n_dims=1, x_dtype=FP32, parameters=FP32, weight=True, bias=True, mean=0.0):
@@ -54,21 +58,27 @@ def arguments(shape, n_dims=1, x_dtype=FP32, parameters=FP32, weight=True, bias=
     return x, normalized_shape, w, b
 
 
-def run(x, normalized_shape, weight, bias, dtype=BF16, dy=None, eps=1e-5):
+def run(x, normalized_shape, weight, bias, dtype=BF16, dy=None, eps=1e-5, rms=False):
     """Output and gradients of the backend, which must have used its kernels."""
-    y = fused.normalise(x, normalized_shape, weight, bias, eps, dtype)
-    assert "_FusedLayerNorm" in type(y.grad_fn).__name__
+    if rms:
+        y = fused.fused.rms_norm(x, normalized_shape, weight, eps, dtype)
+    else:
+        y = fused.fused(x, normalized_shape, weight, bias, eps, dtype)
+    assert "FusedNorm" in type(y.grad_fn).__name__
     leaves = [t for t in (x, weight, bias) if t is not None]
     dy = torch.randn(y.shape, device=DEVICE, dtype=dtype) if dy is None else dy
     return dy, y, *torch.autograd.grad(y, leaves, dy)
 
 
-def exact(x, normalized_shape, weight, bias, dy, eps=1e-5):
+def exact(x, normalized_shape, weight, bias, dy, eps=1e-5, rms=False):
     """The same, in float64."""
     leaves = [None if t is None else t.detach().double() for t in (x, weight, bias)]
     wanted = [t.requires_grad_() for t in leaves if t is not None]
     x, weight, bias = leaves
-    y = torch.nn.functional.layer_norm(x, normalized_shape, weight, bias, eps)
+    if rms:
+        y = torch.nn.functional.rms_norm(x, normalized_shape, weight, eps)
+    else:
+        y = torch.nn.functional.layer_norm(x, normalized_shape, weight, bias, eps)
     return [y, *torch.autograd.grad(y, wanted, dy.double())]
 
 
@@ -81,13 +91,13 @@ def assert_rounded_once(results, expected):
         assert distance <= 1.02 * (rounded - value).norm() + noise
 
 
-def check(x, normalized_shape, weight, bias, dtype=BF16):
-    dy, *results = run(x, normalized_shape, weight, bias, dtype)
+def check(x, normalized_shape, weight, bias, dtype=BF16, rms=False):
+    dy, *results = run(x, normalized_shape, weight, bias, dtype, rms=rms)
     assert results[0].dtype is dtype
     assert results[0].shape == x.shape
     leaves = [t for t in (x, weight, bias) if t is not None]
     assert [g.dtype for g in results[1:]] == [t.dtype for t in leaves]
-    assert_right(x, dtype, results, exact(x, normalized_shape, weight, bias, dy))
+    assert_right(x, dtype, results, exact(x, normalized_shape, weight, bias, dy, rms=rms))
 
 
 def assert_right(x, dtype, results, expected):
@@ -110,25 +120,28 @@ def test_float64_parameters_are_not_the_kernels():
 
 
 @runs_kernels
+@rms
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("parameters", [FP32, BF16, FP16])
 @pytest.mark.parametrize("x_dtype", [FP32, BF16, FP16])
-def test_every_dtype_is_rounded_once(x_dtype, parameters, dtype):
+def test_every_dtype_is_rounded_once(x_dtype, parameters, dtype, rms):
     """The output is float64's, rounded once, for every mix of dtypes, and so are the gradients.
 
     Those for a float32 x come from a rounded xhat.
     """
     torch.manual_seed(0)
-    check(*arguments((37, 100), x_dtype=x_dtype, parameters=parameters), dtype)
+    case = arguments((37, 100), x_dtype=x_dtype, parameters=parameters, bias=not rms)
+    check(*case, dtype, rms)
 
 
 @runs_kernels
 @pytest.mark.parametrize("weight", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", [False, True, "an RMSNorm, which has none"])
 def test_parameters_may_be_missing(any_kernel, weight, bias):
     """Without weight, without bias, without both, in each of the kernels."""
     torch.manual_seed(0)
-    check(*arguments((9, 100), weight=weight, bias=bias))
+    rms = isinstance(bias, str)
+    check(*arguments((9, 100), weight=weight, bias=bias is True, mean=1.0), rms=rms)
 
 
 SHAPES = [
@@ -148,12 +161,13 @@ SHAPES = [
 
 
 @runs_kernels
+@rms
 @pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize(("shape", "n_dims"), SHAPES)
-def test_edge_shapes(shape, n_dims):
+def test_edge_shapes(shape, n_dims, rms):
     """One feature, one row, odd sizes, both sides of every change of kernel, the longest row."""
     torch.manual_seed(0)
-    check(*arguments(shape, n_dims, mean=1.0))
+    check(*arguments(shape, n_dims, mean=1.0, bias=not rms), rms=rms)
 
 
 @runs_kernels
@@ -213,17 +227,18 @@ VIEWS = {
 
 
 @runs_kernels
+@rms
 @pytest.mark.parametrize("view", VIEWS)
-def test_strides_of_x_and_of_dy(view):
+def test_strides_of_x_and_of_dy(view, rms):
     """Any strides, of the input and of the gradient that comes in."""
     torch.manual_seed(0)
     whole = torch.randn(6, 7, 64, device=DEVICE)
     x = VIEWS[view](whole).detach().requires_grad_()
     assert not x.is_contiguous()
-    _, *rest = arguments(x.shape)
+    _, *rest = arguments(x.shape, bias=not rms)
     dy = VIEWS[view](torch.randn(6, 7, 64, device=DEVICE, dtype=BF16))
-    _, *results = run(x, *rest, dy=dy)
-    assert_right(x, BF16, results, exact(x, *rest, dy))
+    _, *results = run(x, *rest, dy=dy, rms=rms)
+    assert_right(x, BF16, results, exact(x, *rest, dy, rms=rms))
 
 
 @runs_kernels
@@ -279,7 +294,7 @@ def test_only_the_wanted_gradients(any_kernel, wanted, monkeypatch):
     monkeypatch.setattr(
         launch, "backward", lambda *args: computed.append(backward(*args)) or computed[0]
     )
-    y = fused.normalise(x, shape, w, b, 1e-5, BF16)
+    y = fused.fused(x, shape, w, b, 1e-5, BF16)
     alone = torch.autograd.grad(y, [leaves[i] for i in wanted], dy)
     assert all(torch.equal(a, together[i]) for a, i in zip(alone, wanted, strict=True))
     assert [g is not None for g in computed[0]] == [i in wanted for i in range(3)]
@@ -287,45 +302,20 @@ def test_only_the_wanted_gradients(any_kernel, wanted, monkeypatch):
 
 @runs_kernels
 @pytest.mark.parametrize("x_dtype", [BF16, FP32])
-def test_saved_for_backward_is_16_bits_an_element_and_two_floats_a_row(any_kernel, x_dtype):
+def test_saved_for_backward_is_16_bits_an_element_and_a_float_or_two_a_row(any_kernel, x_dtype):
     """A bfloat16 x itself; of a float32 x, xhat rounded to the autocast dtype."""
     saved = []
     x, *rest = arguments((16, 64), x_dtype=x_dtype)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        fused.normalise(x, *rest, 1e-5, BF16)
+        fused.fused(x, *rest, 1e-5, BF16)
     pointers = {t.data_ptr() for t in (x, *rest[1:])}
     others = {(tuple(t.shape), t.dtype): t for t in saved if t.data_ptr() not in pointers}
     xhat = {((16, 64), BF16)} if x_dtype is FP32 else set()
-    assert set(others) == {((2, 16), FP32), *xhat}
-    assert len(saved) == 4
+    assert set(others) == {((1 if xhat else 2, 16), FP32), *xhat}
+    assert len(saved) == 3
     for key in xhat:
         expected = torch.nn.functional.layer_norm(x.detach().double(), (64,))
         assert_rounded_once([others[key]], [expected])
-
-
-@runs_kernels
-@pytest.mark.parametrize("missing", [None, "weight", "bias"])
-def test_second_derivatives_of_what_is_not_kept(missing):
-    """Double backward goes to a float32 x of which only a rounded xhat is kept."""
-    torch.manual_seed(0)
-    x, shape, w, b = arguments((64, 96), **({} if missing is None else {missing: False}))
-    upstream = torch.randn(64, 96, device=DEVICE)
-
-    def second(normalise, x, w, b):
-        leaves = [t for t in (x, w) if t is not None]
-        y = normalise(x, w, b).double()
-        (first,) = torch.autograd.grad((y * upstream).sum(), x, create_graph=True)
-        return torch.autograd.grad(first.double().pow(2).sum(), leaves)
-
-    got = second(lambda x, w, b: fused.normalise(x, shape, w, b, 1e-5, BF16), x, w, b)
-    exact_leaves = [None if t is None else t.detach().double().requires_grad_() for t in (x, w, b)]
-    ones = torch.ones(shape, dtype=FP64, device=DEVICE)
-    expected = second(
-        lambda x, w, b: torch.nn.functional.layer_norm(x, shape, ones if w is None else w, b),
-        *exact_leaves,
-    )
-    for result, value in zip(got, expected, strict=True):
-        assert (result.double() - value).norm() < 1e-2 * value.norm()
 
 
 @runs_kernels
@@ -333,41 +323,56 @@ def test_second_derivatives_of_what_is_not_kept(missing):
 def test_without_gradients_values_are_the_same(mode):
     """no_grad and inference_mode change no bit."""
     x, *rest = arguments((9, 100))
-    y = fused.normalise(x, *rest, 1e-5, BF16)
+    y = fused.fused(x, *rest, 1e-5, BF16)
     with mode():
-        assert torch.equal(fused.normalise(x, *rest, 1e-5, BF16), y)
+        assert torch.equal(fused.fused(x, *rest, 1e-5, BF16), y)
 
 
 @runs_kernels
-@pytest.mark.parametrize("missing", [None, "weight", "bias"])
-def test_second_derivatives(missing):
-    """Double backward agrees with float64's."""
+@pytest.mark.parametrize("missing", [None, "weight", "bias", "centre"])
+def test_second_derivatives_from_a_kept_x(missing):
+    """A low-precision x is kept: double backward agrees with float64's."""
     torch.manual_seed(0)
+    rms = missing == "centre"
+    leaves = {"weight": missing != "weight", "bias": missing != "bias" and not rms}
+    x, shape, w, b = arguments((5, 16), x_dtype=FP16, **leaves)
 
-    def second(normalise, x, w, b):
-        leaves = [t for t in (x, w, b) if t is not None]
-        y = normalise(x, w, b).double()
-        first = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
-        return torch.autograd.grad(sum(g.double().pow(2).sum() for g in first), leaves)
+    def second(normalise, *leaves):
+        wanted = [t for t in leaves if t is not None]
+        y = normalise(*leaves).double()
+        first = torch.autograd.grad(y.pow(3).sum(), wanted, create_graph=True)
+        return torch.autograd.grad(sum(g.double().pow(2).sum() for g in first), wanted)
 
-    kept = {} if missing is None else {missing: False}
-    x, shape, w, b = arguments((5, 16), **kept)
-    got = second(lambda x, w, b: fused.normalise(x, shape, w, b, 1e-5, FP16), x, w, b)
-    leaves = [None if t is None else t.detach().double().requires_grad_() for t in (x, w, b)]
+    def ours(x, w, b):
+        if rms:
+            return fused.fused.rms_norm(x, shape, w, 1e-5, FP16)
+        return fused.fused(x, shape, w, b, 1e-5, FP16)
 
     def reference(x, w, b):
+        if rms:
+            return torch.nn.functional.rms_norm(x, shape, w, 1e-5)
         # PyTorch's own double backward fails with a bias and no weight.
         ones = torch.ones(shape, dtype=FP64, device=DEVICE)
         return torch.nn.functional.layer_norm(x, shape, ones if w is None else w, b)
 
-    expected = second(reference, *leaves)
-    for result, value in zip(got, expected, strict=True):
+    doubles = [None if t is None else t.detach().double().requires_grad_() for t in (x, w, b)]
+    for result, value in zip(second(ours, x, w, b), second(reference, *doubles), strict=True):
         assert (result.double() - value).norm() < 5e-3 * value.norm()
 
 
+@runs_kernels
+@pytest.mark.parametrize("backend", [fused.fused, fused.lean])
+def test_second_derivatives_without_x_are_an_error(backend):
+    """Without an x, create_graph is an error that names native, at once: never a wrong result."""
+    x, shape, w, b = arguments((5, 16))
+    y = backend(x, shape, torch.nn.Parameter(w.detach()), b, 1e-5, BF16)
+    with pytest.raises(RuntimeError, match='backend="native"'):
+        torch.autograd.grad(y.float().sum(), [x, b], create_graph=True)
+
+
 def goes_native(x, *rest):
-    y = fused.normalise(x, *rest, 1e-5, BF16)
-    if "_FusedLayerNorm" in str(y.grad_fn):
+    y = fused.fused(x, *rest, 1e-5, BF16)
+    if "FusedNorm" in str(y.grad_fn):
         return False
     assert torch.equal(y, native.normalise(x, *rest, 1e-5, BF16))
     return True
@@ -391,7 +396,7 @@ def test_what_the_kernels_do_not_take_goes_native():
     assert not goes_native(x, [8], w, b)
     nested = torch.nested.as_nested_tensor([x.detach(), x.detach()[:3]])
     expected = native.normalise(nested, shape, w, b, 1e-5, BF16)
-    got = fused.normalise(nested, shape, w, b, 1e-5, BF16)
+    got = fused.fused(nested, shape, w, b, 1e-5, BF16)
     assert all(torch.equal(g, e) for g, e in zip(got.unbind(), expected.unbind(), strict=True))
 
 
@@ -401,8 +406,8 @@ def test_inference_tensor_can_be_trained_on():
     _, shape, w, b = arguments((4, 8))
     with torch.inference_mode():
         x = torch.randn(4, 8, device=DEVICE, dtype=BF16)
-        kernel = fused.normalise(x, shape, w, b, 1e-5, BF16)
-    y = fused.normalise(x, shape, w, b, 1e-5, BF16)
+        kernel = fused.fused(x, shape, w, b, 1e-5, BF16)
+    y = fused.fused(x, shape, w, b, 1e-5, BF16)
     torch.testing.assert_close(y, kernel)
     dy = torch.randn(4, 8, device=DEVICE, dtype=BF16)
     gradients = torch.autograd.grad(y, [w, b], dy)
@@ -415,7 +420,7 @@ def test_gradient_that_is_not_what_lies_in_memory(features):
     """A negative view and a zero without memory, as autograd passes them: right gradients."""
     torch.manual_seed(0)
     x, *rest = arguments((4, features))
-    y = fused.normalise(x, *rest, 1e-5, FP16)
+    y = fused.fused(x, *rest, 1e-5, FP16)
     leaves = [x, *rest[1:]]
     dy = torch.randn(4, features, device=DEVICE, dtype=FP16)
     for upstream, plain in (
@@ -444,7 +449,7 @@ def test_saved_tensors_may_come_back_with_other_strides():
         return t.expand(64) if t.shape == (1,) else t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        y = fused.normalise(x, shape, w, b, 1e-5, BF16)
+        y = fused.fused(x, shape, w, b, 1e-5, BF16)
     for got, e in zip(torch.autograd.grad(y, [x, w, b], dy), expected, strict=True):
         torch.testing.assert_close(got, e)
 
@@ -454,11 +459,11 @@ def test_wrong_shapes_get_pytorchs_own_error():
     """Memory beyond a parameter or a row is never read."""
     x, shape, w, b = arguments((4, 8))
     with pytest.raises(RuntimeError, match=r"normalized_shape=\[9\]"):
-        fused.normalise(x, (9,), torch.ones(9, device=DEVICE), None, 1e-5, BF16)
+        fused.fused(x, (9,), torch.ones(9, device=DEVICE), None, 1e-5, BF16)
     with pytest.raises(RuntimeError, match="weight"):
-        fused.normalise(x, shape, w[:7], b, 1e-5, BF16)
+        fused.fused(x, shape, w[:7], b, 1e-5, BF16)
     with pytest.raises(RuntimeError, match="at least 1-dimensional"):
-        fused.normalise(x[0, 0], (), None, None, 1e-5, BF16)
+        fused.fused(x[0, 0], (), None, None, 1e-5, BF16)
 
 
 @runs_kernels
@@ -469,7 +474,7 @@ def test_transforms_and_modes_go_native():
     x, shape, w, b = (t.detach() if isinstance(t, torch.Tensor) else t for t in arguments((4, 8)))
 
     def f(x):
-        return fused.normalise(x, shape, w, b, 1e-5, BF16).float()
+        return fused.fused(x, shape, w, b, 1e-5, BF16).float()
 
     def reference(x):
         return native.normalise(x, shape, w, b, 1e-5, BF16).float()
@@ -516,7 +521,7 @@ def test_layernorm_runs_it(use_reentrant):
     with low_precision_layernorm("bf16", backend="fused"), torch.autocast(DEVICE, dtype=BF16):
         y = norm(x)
         again = checkpoint(norm, x, use_reentrant=use_reentrant)
-    assert "_FusedLayerNorm" in type(y.grad_fn).__name__
+    assert "FusedNorm" in type(y.grad_fn).__name__
     assert torch.equal(y, again)
     leaves = [x, norm.weight, norm.bias]
     dy = torch.randn_like(y)
@@ -552,10 +557,10 @@ def test_dynamo_compiles_none_of_it():
     x = torch.randn(5, 64, device=DEVICE, requires_grad=True)
     with low_precision_layernorm("bf16", backend="fused"), torch.autocast(DEVICE, dtype=BF16):
         y = torch.compile(model.norm, backend=backend, fullgraph=True)(x)
-        assert "_FusedLayerNorm" not in str(y.grad_fn)
+        assert "FusedNorm" not in str(y.grad_fn)
         assert len(graphs) == 1
         y = torch.compile(model, backend=backend)(x)
-        assert "_FusedLayerNorm" in str(y.grad_fn)
+        assert "FusedNorm" in str(y.grad_fn)
         y.backward(torch.ones_like(y))
     assert len(graphs) == 1
 
@@ -576,14 +581,14 @@ def kernels_of(call):
 def test_one_kernel_forward_and_two_backward(x_dtype, features):
     """Nothing is launched but the kernels: no cast, no copy, no fill."""
     x, *rest = arguments((4096, features), x_dtype=x_dtype)
-    y = fused.normalise(x, *rest, 1e-5, BF16)
+    y = fused.fused(x, *rest, 1e-5, BF16)
     dy = torch.randn_like(y)
     leaves = [x, *rest[1:]]
     looped = "_looped" if features > 8192 else ""
-    forward = kernels_of(lambda: fused.normalise(x, *rest, 1e-5, BF16))
-    assert forward == [f"layer_norm_forward{looped}"]
+    forward = kernels_of(lambda: fused.fused(x, *rest, 1e-5, BF16))
+    assert forward == [f"norm_forward{looped}"]
     backward = kernels_of(lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True))
-    assert backward == [f"layer_norm_backward{looped}", "layer_norm_reduce"]
+    assert backward == [f"norm_backward{looped}", "norm_reduce"]
 
 
 @needs_gpu
@@ -645,14 +650,15 @@ def test_more_elements_than_32_bits_count():
 
 @runs_kernels
 def test_kernels_compile_for_a_gpu_that_is_not_here():
-    """Triton compiles the tiles that are launched for compute capability 9.0, to machine code.
+    """Triton compiles the tiles that are launched for compute capability 8.0 and 9.0.
 
     They need no more shared memory than smaller GPUs have.
     """
     printed = run_forked("-c", COMPILE).stdout
-    assert printed.split() == ["forward", "forward", "backward", "backward"] * 4 + [
-        "reduce"
-    ] * 3 + ["recovery"]
+    assert (
+        printed.split()
+        == ["forward", "forward", "backward", "backward"] * 4 + ["reduce"] * 3 + ["slots"] * 2
+    )
 
 
 # Arguments as Triton specialises them: what is None, and an integer that is 1, is a constant.
@@ -660,21 +666,23 @@ COMPILE = textwrap.dedent(
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from lpln_autopatch.backends.fused import kernels, launch
+    from lpln_autopatch.backends.fused import backward_kernels, forward_kernels, grid, launch
 
     TYPES = dict(
-        x="*bf16", weight="*fp32", bias="*fp32", y="*bf16", dy="*bf16", dx="*bf16",
-        kept="*bf16", statistics="*fp32", partials="*fp32", dweight="*fp32", dbias="*fp32",
-        recovery="*fp32", reserved="*bf16",
+        p_x="*fp32", p_weight="*fp32", p_bias="*fp32", p_y="*bf16", p_dy="*bf16", p_dx="*fp32",
+        p_kept="*bf16", p_statistics="*fp32", p_partials="*fp32", p_dweight="*fp32",
+        p_dbias="*fp32", p_slots="*i32", p_counts="*i32", p_reserved="*bf16",
         eps="fp32", worst="fp32", smallest="fp32", rounding="fp32",
     )
 
     def compile(name, warps, **constants):
-        kernel = getattr(kernels, f"layer_norm_{name}")
+        module = backward_kernels if name[:2] in ("ba", "re") else forward_kernels
+        kernel = getattr(module, f"norm_{name}")
         arguments = kernel.arg_names
         constants = {k: v for k, v in constants.items() if k in arguments}
         if name.startswith("backward"):
-            constants.pop("statistics", None)
+            for needed in ("p_statistics", "p_kept"):
+                constants.pop(needed, None)
         signature = {a: "constexpr" if a in constants else TYPES.get(a, "i32") for a in arguments}
         aligned = {
             (i,): [["tt.divisibility", 16]]
@@ -686,30 +694,34 @@ COMPILE = textwrap.dedent(
             aligned = None
         source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
         options = {"num_warps": warps, **launch._OPTIONS}
-        compiled = triton.compile(source, GPUTarget("cuda", 90, 32), options)
-        assert compiled.asm["cubin"]
-        assert compiled.metadata.shared <= 99 * 1024  # what a block has on a GeForce, too
+        for capability in (80, 90):
+            compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
+            assert compiled.asm["cubin"]
+            assert compiled.metadata.shared <= 99 * 1024  # what a block has on a GeForce, too
         print(name.removesuffix("_looped"))
 
     contiguous = dict(x_inner=1, dy_inner=1)
-    no_recovery = dict.fromkeys(("recovery", "reserved"))
-    for n, absent in (
-        (1024, {}),
-        (8192, dict(bias=None, statistics=None, dx=None, kept=None)),
-        (8208, {}),
-        (65536, dict(weight=None, partials=None, kept=None)),
+    no_recovery = dict.fromkeys(("p_slots", "p_reserved", "p_counts"))
+    for n, centred, absent in (
+        (1024, True, {}),
+        (8192, False, dict(p_bias=None, p_statistics=None, p_dx=None, p_kept=None)),
+        (8208, True, {}),
+        (65536, False, dict(p_weight=None, p_partials=None, p_kept=None)),
     ):
-        looped = "_looped" if n > launch._ONE_BLOCK else ""
-        tiles = dict(forward=launch._LOOPED_FORWARD, backward=launch._LOOPED_BACKWARD)
+        tiles = dict(forward=grid.LOOPED_FORWARD, backward=grid.LOOPED_BACKWARD)
         for name in tiles:
-            rows, block, warps = launch._tile(n, tiles[name])
-            constants = dict(ROWS=rows, BLOCK=block, IS_XHAT="kept" not in absent)
+            tile = grid.tile(n, tiles[name])
+            constants = dict(ROWS=tile.rows, BLOCK=tile.block, CENTRED=centred)
             for recovery in ({}, no_recovery):
-                constants["STAGES"] = launch._stages(rows * block, looped and not recovery)
-                compile(name + looped, warps, **constants, **contiguous, **absent, **recovery)
-    for absent in ({}, dict(dweight=None), dict(dbias=None)):
-        compile("reduce", 4, **dict(zip(("ROWS", "BLOCK"), launch._REDUCED)), **absent)
-    compile("recovery", 4, BLOCK=1024)
+                is_x = bool(recovery) and "p_kept" in absent
+                constants.update(IS_X=is_x, WITH_MEAN=is_x and centred)
+                constants["STAGES"] = grid.stages(tile, not recovery)
+                name_of = name + "_looped" * tile.looped
+                compile(name_of, tile.warps, **constants, **contiguous, **absent, **recovery)
+    for absent in ({}, dict(p_dweight=None), dict(p_dbias=None)):
+        compile("reduce", 4, **dict(zip(("ROWS", "BLOCK"), grid.REDUCED)), **absent)
+    for otherwise in (-1, -2):
+        compile("slots", 4, BLOCK=1024, OTHERWISE=otherwise)
     """
 )
 
@@ -727,19 +739,32 @@ def test_missing_triton_is_named():
         print(lpln_autopatch.status().precision)
     """
     lines = run_forked("-c", textwrap.dedent(code)).stdout.splitlines()
-    expected = "pip install triton" if TORCH_VERSION >= (2, 6) else "needs torch 2.6"
-    assert expected in lines[0]
-    assert lines[-1] == "None"
+    assert ("pip install triton" in lines[0]) == (TORCH_VERSION >= (2, 6))
+    assert lines[-1] == ("None" if TORCH_VERSION >= (2, 6) else "amp")
 
 
-def test_old_torch_is_refused(monkeypatch):
-    """Before torch 2.6: an ImportError that says so."""
-    monkeypatch.setattr(fused, "TORCH_VERSION", (2, 5))
-    with pytest.raises(ImportError, match=r"needs torch 2\.6 or later"):
-        fused.load()
+@pytest.mark.parametrize("backend", [fused.fused, fused.lean])
+@pytest.mark.parametrize("where", ["torch 2.5", "no interpreter"])
+def test_where_the_kernels_do_not_run_it_is_native_and_says_so_once(
+    backend, where, monkeypatch, caplog
+):
+    """Before torch 2.6, and on the CPU: native's values, one line in the log, and the doctor's."""
+    if where == "torch 2.5":
+        monkeypatch.setattr(fused, "TORCH_VERSION", (2, 5))
+    elif TORCH_VERSION >= (2, 6):
+        monkeypatch.setattr(fused.launcher(), "INTERPRETED", False)
+    fused._say_once.cache_clear()
+    case = torch.randn(4, 8), (8,), torch.ones(8), None, 1e-5, BF16
+    with caplog.at_level("INFO", logger="lpln_autopatch"):
+        for _ in range(2):
+            assert torch.equal(fused.load(backend)(*case), native.normalise(*case))
+    (line,) = caplog.messages
+    assert "its kernels do not run on " in line
+    if where == "torch 2.5" or not CUDA:
+        assert fused.why_native().startswith("native: ")
 
 
 def test_triton_is_imported_by_nobody_else():
-    """Only the fused backend imports Triton."""
+    """Only fused and lean import Triton."""
     code = "import lpln_autopatch as l, sys; l.enable(); print('triton.language' in sys.modules)"
     assert run_forked("-c", code).stdout.split()[-1] == "False"

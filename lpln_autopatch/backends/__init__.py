@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -13,7 +14,7 @@ import torch
 from importlib_metadata import EntryPoint, entry_points
 
 from lpln_autopatch import torch_compat
-from lpln_autopatch.backends import apex, fused, lean, native
+from lpln_autopatch.backends import apex, fused, native
 from lpln_autopatch.backends.protocol import Backend as Backend
 from lpln_autopatch.exemption import run_stock
 from lpln_autopatch.precision import Precision
@@ -23,8 +24,8 @@ GROUP = "lpln_autopatch.backends"
 
 _BUILT_IN: dict[str, Callable[[], Backend]] = {
     "native": lambda: native.normalise,
-    "fused": fused.load,
-    "lean": lean.load,
+    "fused": lambda: fused.load(fused.fused),
+    "lean": lambda: fused.load(fused.lean),
     "apex": apex.load,
     "apex_lean": apex.load_lean,
 }
@@ -49,7 +50,7 @@ def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
         where = f"{argument}={name!r}: the backend {entry_point.value}"
         if not _is_being_imported(entry_point.module):
             _load(entry_point, where)
-        return name, _of_another_package(entry_point, where)
+        return name, _OfAnotherPackage(entry_point, where)
     raise ValueError(f"{argument}={name!r} is not a backend. Valid: auto, {', '.join(names())}.")
 
 
@@ -66,15 +67,27 @@ def _load(entry_point: EntryPoint, where: str) -> Backend:
     return backend
 
 
-@functools.cache  # a request that is made again is equal to the first
-def _of_another_package(entry_point: EntryPoint, where: str) -> Backend:
+@dataclasses.dataclass(frozen=True)  # a request that is made again is equal to the first
+class _OfAnotherPackage:
     """A backend that is loaded when it is called, if not before. What it calls is stock."""
 
-    def normalise(*call: Any, **named: Any) -> torch.Tensor:
-        y: torch.Tensor = run_stock("inside a backend", _load(entry_point, where), *call, **named)
+    entry_point: EntryPoint
+    where: str
+
+    def __call__(self, *call: Any, **named: Any) -> torch.Tensor:
+        backend = _load(self.entry_point, self.where)
+        y: torch.Tensor = run_stock("inside a backend", backend, *call, **named)
         return y
 
-    return torch_compat.never_a_frame_of_its_own(normalise)
+    def rms_norm(self, *call: Any) -> torch.Tensor:
+        """Run the backend's own, or else native's."""
+        theirs = getattr(_load(self.entry_point, self.where), "rms_norm", None)
+        y: torch.Tensor
+        if theirs is None:
+            y = native.rms_norm(*call)
+        else:
+            y = run_stock("inside a backend", theirs, *call)
+        return y
 
 
 def _is_being_imported(module: str) -> bool:
@@ -110,3 +123,7 @@ def automatic(precision: Precision) -> str:
         )
         return "native"
     return "apex"
+
+
+for _function in (_OfAnotherPackage.__call__, _OfAnotherPackage.rms_norm):
+    torch_compat.never_a_frame_of_its_own(_function)

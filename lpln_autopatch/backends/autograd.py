@@ -1,12 +1,8 @@
-"""What the backends that have an autograd function of their own share.
-
-The calls that they take, LayerNorm's gradients, and what stands for an x that is not kept.
-"""
+"""The calls that an autograd function can take, and LayerNorm's gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +12,6 @@ from lpln_autopatch.torch_compat import forward_mode_is_on, never_a_frame_of_its
 
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-Recovery = tuple[Tensor, Tensor] | tuple[None, None]
-"""How the kernels get xhat from y: their arguments recovery and reserved."""
-
-NO_RECOVERY: Recovery = (None, None)
 
 operator = torch.ops.aten.native_layer_norm_backward.default
 
@@ -102,46 +93,5 @@ def scale_of(x: Tensor, shape: Shape, weight: Affine) -> Tensor:
     return x.new_ones(tuple(shape), dtype=torch.float32) if weight is None else weight.float()
 
 
-def stand_in_for(x: Tensor) -> Tensor | None:
-    """What stands for an `x` that is not kept, in the graph of a second derivative.
-
-    A tensor of its shape, in four bytes, whose gradient is that of `x`. None if that wants none.
-    """
-    if not x.requires_grad:
-        return None
-    stand_in: Tensor = _StandIn.apply(x)  # type: ignore[no-untyped-call]
-    return stand_in
-
-
-def in_place_of(stand_in: Tensor | None, value: Tensor) -> Tensor:
-    """`value`, whose gradient goes to `stand_in`, if that is not None and gradients are on."""
-    if stand_in is None or not torch.is_grad_enabled():
-        return value
-    result: Tensor = _InPlaceOf.apply(value, stand_in)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _StandIn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)  # in a first derivative it has none: no zeros, no sum
-        return x.new_empty((), dtype=torch.float32).expand(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> Tensor | None:
-        return gradient  # autograd casts it to the dtype of x
-
-
-class _InPlaceOf(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, stand_in: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, gradient
-
-
 never_a_frame_of_its_own(can_be_saved)
-for _function in (takes, _StandIn.backward, _InPlaceOf.backward):
-    never_a_frame_of_its_own(_function, nor_what_it_calls=True)
+never_a_frame_of_its_own(takes, nor_what_it_calls=True)

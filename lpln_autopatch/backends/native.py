@@ -37,6 +37,17 @@ def normalise(
     return lower(torch.layer_norm, x, normalized_shape, weight, bias, eps, dtype)
 
 
+def rms_norm(
+    x: Tensor, normalized_shape: Shape, weight: Affine, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """Run PyTorch's RMSNorm, as `lower` does."""
+    return lower(_rms_norm, x, normalized_shape, weight, None, eps, dtype)
+
+
+def _rms_norm(x: Tensor, normalized_shape: Shape, weight: Affine, bias: None, eps: float) -> Tensor:
+    return torch.rms_norm(x, normalized_shape, weight, eps)
+
+
 def lower(
     operator: Operator,
     x: Tensor,
@@ -121,5 +132,6 @@ def is_left_alone(tensor: Tensor) -> bool:
     return tensor.is_cpu or tensor.dtype is torch.float64 or not tensor.is_floating_point()
 
 
-for _function in (normalise, lower, lower_in_float32, _cast, is_left_alone):
+_function: Callable[..., object]
+for _function in (normalise, rms_norm, _rms_norm, lower, lower_in_float32, _cast, is_left_alone):
     never_a_frame_of_its_own(_function)

@@ -15,7 +15,11 @@ Affine = torch.Tensor | None
 
 
 class Backend(Protocol):
-    """What normalises a lowered call, in eager mode: a function, or anything callable."""
+    """What normalises a lowered call, in eager mode: a function, or anything callable.
+
+    It normalises LayerNorm. One that has an attribute `rms_norm`, called as `rms_norm(x,
+    normalized_shape, weight, eps, dtype)`, normalises RMSNorm as well, which is native's otherwise.
+    """
 
     def __call__(
         self,

@@ -6,14 +6,15 @@ AOTAutograd's partitioner keeps and what Inductor makes of it.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from lpln_autopatch.bench import compiled, counting, emulated, zoo
+from lpln_autopatch.bench import compiled, counting, emulated, kernels, zoo
 from lpln_autopatch.bench.batches import MAKE_BATCH, loss_of, why_not_fed
 from lpln_autopatch.bench.contenders import STOCK, Contender, of_models, sift
 from lpln_autopatch.bench.results import Row, not_measured
@@ -25,13 +26,17 @@ norms lowered  by native, of all norms that the model calls
 kept           bytes that autograd keeps from forward to backward, in GiB
 moved          bytes that all operators read and write
 peak           the most bytes that were alive at once, without an optimizer
-least ms       a bound for an A100 from bytes and FLOPs, no measurement
+least ms       a bound for an A100 from bytes and FLOPs, no measurement (--all-columns)
 kernels        of compiled code
-native, lean, recipe (Composer's): as ratios to stock, in the column before; below 1 is less"""
+native, lean; with --all-columns fused and recipe (Composer's): as ratios to stock, in the column
+before; below 1 is less"""
 COLUMNS = {
-    "eager": {"kept": "kept GiB", "moved": "moved GiB", "peak": "peak GiB", "least_ms": "least ms"},
+    "eager": {"kept": "kept GiB", "moved": "moved GiB", "peak": "peak GiB"},
     "compiled": {"kept": "kept GiB", "moved": "moved GiB", "kernels": "kernels"},
 }
+MORE_COLUMNS: dict[str, dict[str, str]] = {"eager": {"least_ms": "least ms"}, "compiled": {}}
+MORE_CONTENDERS = ("fused", "recipe")
+"""What the table shows with --all-columns alone."""
 
 
 def run(options: Namespace, progress: Progress) -> list[Row]:
@@ -68,9 +73,8 @@ def _count(
 
     def check(contender: Contender) -> dict[str, Any]:
         progress.step(contender.name)
-        if contender.name == "fused":
-            raise ImportError("Triton's kernels need a GPU: they do not run without data")
-        with contender.applied(model):
+        backend = kernels.NAMES.get(contender.name, contender.backend)
+        with kernels.named(), dataclasses.replace(contender, backend=backend).applied(model):
             return measure(entry, model, dtype)
 
     passed, reasons = sift(of_models(mode, str(case["norms"])), check)
@@ -100,8 +104,8 @@ def _eager(entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype) -> dict
         return counting.count(forward, model, policy, batch)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """A line for each model, in Markdown: stock in GiB, the others as ratios to it."""
+def table(rows: Sequence[Row], options: Namespace) -> str:
+    """Print a line for each model, in Markdown: stock in GiB, the others as ratios to it."""
     from tabulate import tabulate
 
     blocks: list[str] = []
@@ -111,23 +115,27 @@ def table(rows: Sequence[Row]) -> str:
             of_kind = cases.setdefault((str(row.case["mode"]), str(row.case["autocast"])), {})
             of_kind.setdefault(row.title, {})[row.contender] = row
     for (mode, dtype), models in cases.items():
-        others = dict.fromkeys(c for rows in models.values() for c in rows if c != STOCK.name)
+        hidden = (STOCK.name, *(() if options.all_columns else MORE_CONTENDERS))
+        others = dict.fromkeys(c for rows in models.values() for c in rows if c not in hidden)
+        columns = {**COLUMNS[mode], **(MORE_COLUMNS[mode] if options.all_columns else {})}
         header = [f"{mode}, {dtype}", "batch", *["norms lowered"] * (mode == "eager")]
-        for column in COLUMNS[mode].values():
+        for column in columns.values():
             header += [column, *others]
-        lines = [_line(of_model, mode, list(others)) for of_model in models.values()]
+        lines = [_line(of_model, mode, columns, list(others)) for of_model in models.values()]
         blocks.append(tabulate(lines, header, "github", disable_numparse=True) + "\n")
     return "\n".join([*blocks, *not_measured(rows)])
 
 
-def _line(rows: dict[str, Row], mode: str, others: Sequence[str]) -> list[str]:
+def _line(
+    rows: dict[str, Row], mode: str, columns: Mapping[str, str], others: Sequence[str]
+) -> list[str]:
     case, stock = rows[STOCK.name].case, rows[STOCK.name].figures
     of = f" ({case['of']})" if "of" in case else ""
     line = [f"{case['model']}{of}", str(case["batch"])]
     if mode == "eager":
         native = rows["native"].figures if "native" in rows else {}
         line.append(f"{native.get('lowered_calls', '-')} of {stock['norm_calls']}")
-    for what, column in COLUMNS[mode].items():
+    for what, column in columns.items():
         own: Any = stock[what]
         line.append(f"{own / 2**30:.2f}" if column.endswith("GiB") else f"{own:.4g}")
         for other in others:

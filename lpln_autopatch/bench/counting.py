@@ -13,7 +13,13 @@ from torch.utils.flop_counter import flop_registry
 
 from lpln_autopatch.bench.policy import Policy
 
-NORMS = ("native_layer_norm", "native_group_norm", "rms_norm")
+NORMS = (
+    "aten::native_layer_norm",
+    "aten::native_group_norm",
+    "emulated::rms_norm",
+    "emulated::norm_",
+)
+NOT_A_CALL = ("_backward", "_slots", "_reduce")  # ends of the names of a norm's other kernels
 COUNTED = "operators moved norms casts kept flops least_ms peak norm_calls lowered_calls"
 CAST = "_to_copy"
 BANDWIDTH, RATE = 2.0e12, 312e12  # of an A100's memory, in bytes, and of its units, in FLOP
@@ -47,8 +53,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         counts, name = self.counts, func._schema.name.split("::")[1]
         size = sum(map(_bytes, {id(t): t for t in inputs}.values()))
         size += sum(map(_bytes, outputs))
-        is_norm = name.startswith(NORMS)
-        is_norm_call = is_norm and not name.endswith("_backward")
+        is_norm = func._schema.name.startswith(NORMS)
+        is_norm_call = is_norm and not name.endswith(NOT_A_CALL)
         counts["operators"] += 1
         counts["flops"] += flops
         counts["least_ms"] += 1e3 * max(size / BANDWIDTH, flops / RATE)

@@ -11,12 +11,10 @@ import functools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from lpln_autopatch.backends import lean
 from lpln_autopatch.bench.policy import Policy, policy
 
 NAME = "emulated"
@@ -108,19 +106,6 @@ def _rms_norm_kernel() -> Any:
     return forward
 
 
-# No Mocks, which would keep their arguments, and the bytes of those, alive.
-def _yes(*arguments: Any) -> bool:
-    return True
-
-
-def _recoverable(weight: Tensor | None) -> Any:
-    return _yes
-
-
-def _cudas_kernel_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    return dtype if x.dtype is dtype else torch.float32
-
-
 @contextlib.contextmanager
 def accelerator() -> Iterator[Policy]:
     """Have the device "emulated" and CUDA's policy on it, with tensors that hold no data."""
@@ -132,15 +117,7 @@ def accelerator() -> Iterator[Policy]:
     library.impl("scaled_dot_product_attention", _attention)
     library.impl("rms_norm", _rms_norm)
     try:
-        # lean as on CUDA, with weights from which the input can be recovered, as those of a new
-        # model can: here nothing can be read to count them.
-        with (
-            mock.patch.object(lean, "takes", _yes),
-            mock.patch.object(lean, "counter", _recoverable),
-            mock.patch.object(lean, "kernel_dtype", _cudas_kernel_dtype),
-            policy(NAME) as chosen,
-            FakeTensorMode(allow_non_fake_inputs=True),
-        ):
+        with policy(NAME) as chosen, FakeTensorMode(allow_non_fake_inputs=True):
             yield chosen
     finally:
         library._destroy()

@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
         module = import_module(f"lpln_autopatch.bench.{suite}")
         with contextlib.closing(Progress(suite)) as progress:
             measured[suite] = module.run(options, progress)
-        table = getattr(module, "table", results.table)(measured[suite])
+        rows, own = measured[suite], getattr(module, "table", None)
+        table = results.table(rows) if own is None else own(rows, options)
         print(f"{above}\n{suite}: {SUITES[suite]}\n\n{module.LEGEND}\n\n{table}", flush=True)
         above = ""
         if options.json:
@@ -122,6 +123,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     add_for("count, step", "modes", "default: eager", nargs="+", choices=modes)
     add_for("count, step", "norms", "layer_norm, all, ...; default: by the model")
     add_for("count, step", "batches", "so many of each model's batches at once", type=at_least(1))
+    add_for("count", "all-columns", "fused, the recipe, a bound of time", action="store_true")
     add_for("step, call", "rounds", "rounds of timing, at least 2", type=at_least(2))
     add_for("loss", "steps", "steps of training, at least 20", type=at_least(20))
     add_for("loss", "seeds", "how many, at least 2", type=at_least(2))
@@ -165,7 +167,7 @@ def _refuse_suites(parser: Parser, options: Namespace, suites_of: dict[str, list
     except ValueError as error:
         parser.error(str(error))
     for option, its in suites_of.items():
-        if getattr(options, option) and not set(its) & set(options.suites):
+        if getattr(options, option.replace("-", "_")) and not set(its) & set(options.suites):
             given = " and ".join(options.suites)
             parser.error(f"--{option} is for {' and '.join(its)}, not for {given}")
 

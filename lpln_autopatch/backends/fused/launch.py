@@ -1,28 +1,20 @@
-"""How the kernels are launched: on which tiles, by how many programs, over which memory."""
+"""How the kernels are launched, and over which memory."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from lpln_autopatch.backends.autograd import NO_RECOVERY, Recovery
-from lpln_autopatch.backends.fused import kernels, tiles
+from lpln_autopatch.backends.fused import backward_kernels, forward_kernels, grid, tiles
+from lpln_autopatch.backends.fused.recovery import Recovery
 
 INTERPRETED: bool = tiles.INTERPRETED.value
-
-# Measured on an H200.
-_ONE_BLOCK = 8192  # longest row that is held in registers
-_TILE = 2048  # elements of a tile of several short rows
-_LOOPED_FORWARD, _LOOPED_BACKWARD = (1, 8192), (2, 2048)  # rows and features of a tile of long ones
-_WARPS = 8  # at most, of a program
-_WARPS_PER_MULTIPROCESSOR = 16  # that go through the rows in backward,
-_LOOPED_WARPS_PER_MULTIPROCESSOR = 32  # if these are long
-_REDUCED = (128, 32)  # the tile of partial sums that are summed up at once
 
 # Triton's default changes in 3.10, and until then it warns.
 _OPTIONS = {"enable_fp_fusion": True}
@@ -35,9 +27,11 @@ def forward(
     bias: torch.Tensor | None,
     eps: float,
     dtype: torch.dtype,
-    statistics: torch.Tensor | None,
-    kept: torch.Tensor | None,
-    recovery: Recovery = NO_RECOVERY,
+    centred: bool,
+    statistics: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+    recovery: Recovery | None = None,
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Normalise `x` over its last `n_dims` dimensions.
 
@@ -48,106 +42,127 @@ def forward(
         bias: Shift, the same.
         eps: Added to the variance.
         dtype: That of the result.
-        statistics: Where to write mean and 1 / sqrt(variance + eps) of the M rows, float32, shape
-            (2, M), or None.
+        centred: Subtract the mean, as a LayerNorm does; an RMSNorm does not.
+        statistics: Where to write 1 / sqrt(variance + eps) of the M rows, float32, shape (1, M); or
+            that and the mean, shape (2, M); or None.
         kept: Where to write xhat = (x - mean) / sqrt(variance + eps), of the shape of `x`,
             contiguous, or None.
-        recovery: What `recovery_of` gives: where to write xhat of the features that have a slot.
+        recovery: Where to write the xhat of the features that have a slot, or None.
+        counts: Where to add the number of rows whose xhat is small, as `choose_slots` left it.
 
     Returns:
         Tensor of the shape of `x`, contiguous, in `dtype`.
     """
     m, n = x.shape[:-n_dims].numel(), x.shape[-n_dims:].numel()
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    rows, block, warps = _tile(n, _LOOPED_FORWARD)
-    kernel = kernels.layer_norm_forward if block >= n else kernels.layer_norm_forward_looped
+    tile = grid.tile(n, grid.LOOPED_FORWARD)
+    kernel = forward_kernels.norm_forward_looped if tile.looped else forward_kernels.norm_forward
     x, *layout = _layout(x, n_dims)
+    slots, reserved, width = _parts(recovery)
+    # Without a bias y is xhat but for its scale: as exact where xhat is small.
+    counts = None if bias is None else counts
+    with_mean = statistics is not None and statistics.shape[0] == 2
     with _on_device_of(x):
-        kernel[(-(-m // rows),)](
-            x, weight, bias, y, statistics, kept, *recovery, m, n, _width(recovery[1]), eps,
-            *layout, rows, block, num_warps=warps, **_OPTIONS,
+        kernel[(-(-m // tile.rows),)](
+            x, weight, bias, y, statistics, kept, slots, reserved, counts, m, n, width, eps,
+            *layout, centred, with_mean, tile.rows, tile.block, num_warps=tile.warps, **_OPTIONS,
         )  # fmt: skip
     return y
 
 
-def recovery_of(
+def choose_slots(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    m: int,
+    recovery: Recovery,
+    counts: torch.Tensor,
     dtype: torch.dtype,
-    features_per_reserved: int,
     worst_ratio: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """How `backward` gets xhat of `m` rows from a y in `dtype`: a `Recovery`.
+    keeps_y: bool,
+) -> None:
+    """Choose the slots of `recovery`, and count the features that need one.
 
-    Lost are the features whose |bias| is more than `worst_ratio` times |weight|. They have a slot
-    each, in order, as long as there are slots: one for so many features. How many are lost is the
-    last element of the first tensor.
+    Args:
+        weight: Scale, as for `forward`; bias too.
+        recovery: Where to write the slots.
+        counts: Where to write the number, and beside it 0 rows, int32, shape (2,).
+        dtype: That of y.
+        worst_ratio: A feature needs a slot if its |bias| is more than so many times its |weight|.
+            Each gets one, in order, as long as there are slots.
+        keeps_y: Whether backward gets y, from which to recover the other features, or xhat.
     """
     n = weight.numel()
-    reserved = weight.new_empty((m, -(-n // features_per_reserved)), dtype=dtype)
-    recovery = weight.new_empty(3 * n + 1, dtype=torch.float32)
-    limits = torch.finfo(dtype)
     block = min(1024, 1 << (n - 1).bit_length())
+    otherwise = tiles.IN_Y.value if keeps_y else tiles.IN_KEPT.value
+    smallest = torch.finfo(dtype).smallest_normal
     with _on_device_of(weight):
-        kernels.layer_norm_recovery[(1,)](
-            weight, bias, recovery, n, reserved.shape[1],
-            1 / worst_ratio, limits.smallest_normal, limits.eps, block, num_warps=4, **_OPTIONS,
+        forward_kernels.norm_slots[(1,)](
+            weight, bias, recovery.slots, counts, n, recovery.reserved.shape[1],
+            1 / worst_ratio, smallest, otherwise, block, num_warps=4, **_OPTIONS,
         )  # fmt: skip
-    return recovery, reserved
 
 
 def backward(
     dy: torch.Tensor,
-    x: torch.Tensor,
+    kept: torch.Tensor,
     n_dims: int,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     statistics: torch.Tensor,
     wanted: Sequence[bool],
-    x_dtype: torch.dtype,
-    is_xhat: bool,
-    recovery: Recovery,
+    dtypes: Sequence[torch.dtype],
+    centred: bool,
+    is_x: bool,
+    recovery: Recovery | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of x, weight and bias, of those that are `wanted`, each in its own dtype.
+    """Compute the gradients of x, weight and bias.
 
-    `dy` is the gradient of the result of `forward`, in its dtype, of any strides; other arguments
-    are those of `forward`, which has written `statistics`. If `is_xhat`, what `forward` has written
-    as `kept` is in the place of x, whose dtype was `x_dtype`; with `recovery` it may be y.
+    Args:
+        dy: The gradient of the result of `forward`, in its dtype, any strides.
+        kept: x if `is_x`, else the xhat that `forward` has written, or y with a `recovery`.
+        n_dims: As for `forward`, which has written `statistics`; and so are weight, bias, centred.
+        wanted: Which of the three are computed. The others are None.
+        dtypes: Of the three.
+        is_x: Whether x itself was kept.
+        recovery: The one that `forward` was called with.
     """
-    m, n = statistics.shape[1], x.shape[-n_dims:].numel()
-    processors = _multiprocessors(x.device)
-    rows, block, warps = _tile(n, _LOOPED_BACKWARD)
-    stages = _stages(rows * block, block < n and recovery[0] is not None)
-    if m < rows * processors:
-        rows = 1
-    at_once = _WARPS_PER_MULTIPROCESSOR if block >= n else _LOOPED_WARPS_PER_MULTIPROCESSOR
-    programs = min(-(-m // rows), processors * (at_once // warps))
-    dx = None
-    if wanted[0]:
-        dx = torch.empty_like(x, dtype=x_dtype, memory_format=torch.contiguous_format)
-    dweight = torch.empty_like(weight) if weight is not None and wanted[1] else None
-    dbias = torch.empty_like(bias) if bias is not None and wanted[2] else None
+    m, n = statistics.shape[1], kept.shape[-n_dims:].numel()
+    tile, programs = grid.backward(m, n, _multiprocessors(kept.device))
+    stages = grid.stages(tile, recovery is not None)
+    dx, dweight, dbias = (
+        kept.new_empty(shape, dtype=dtype) if wants else None
+        for shape, dtype, wants in zip(
+            (kept.shape, kept.shape[-n_dims:], kept.shape[-n_dims:]), dtypes, wanted, strict=True
+        )
+    )
     partials = None
     if dweight is not None or dbias is not None:
-        partials = x.new_empty((2, programs, n), dtype=torch.float32)
-    kernel = kernels.layer_norm_backward if block >= n else kernels.layer_norm_backward_looped
-    x, *x_layout = _layout(x, n_dims)
+        partials = kept.new_empty((2, programs, n), dtype=torch.float32)
+    kernel = (
+        backward_kernels.norm_backward_looped if tile.looped else backward_kernels.norm_backward
+    )
+    kept, *kept_layout = _layout(kept, n_dims)
+    limits = torch.finfo(dy.dtype)
     dy, *dy_layout = _layout(dy, n_dims)
-    with _on_device_of(x):
+    slots, reserved, width = _parts(recovery)
+    with _on_device_of(kept):
         kernel[(programs,)](
-            x, weight, dy, statistics, dx, partials, *recovery, m, n, _width(recovery[1]),
-            *x_layout, *dy_layout, rows, block, stages, is_xhat, num_warps=warps, **_OPTIONS,
+            kept, weight, bias, dy, statistics, dx, partials, slots, reserved, m, n, width,
+            limits.eps, limits.smallest_normal, *kept_layout, *dy_layout,
+            centred, is_x, tile.rows, tile.block, stages, num_warps=tile.warps, **_OPTIONS,
         )  # fmt: skip
         if partials is not None:
-            kernels.layer_norm_reduce[(-(-n // _REDUCED[1]), 2)](
-                partials, dweight, dbias, programs, n, *_REDUCED, num_warps=4, **_OPTIONS
+            backward_kernels.norm_reduce[(-(-n // grid.REDUCED[1]), 2)](
+                partials, dweight, dbias, programs, n, *grid.REDUCED, num_warps=4, **_OPTIONS
             )
     return dx, dweight, dbias
 
 
-def _width(reserved: torch.Tensor | None) -> int:
-    return 0 if reserved is None else reserved.shape[1]
+def _parts(
+    recovery: Recovery | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+    if recovery is None:
+        return None, None, 0
+    return recovery.slots, recovery.reserved, recovery.reserved.shape[1]
 
 
 def _layout(x: torch.Tensor, n_dims: int) -> tuple[torch.Tensor, int, int, int]:
@@ -175,26 +190,6 @@ def _layout(x: torch.Tensor, n_dims: int) -> tuple[torch.Tensor, int, int, int]:
 
 
 @functools.cache
-def _tile(n: int, looped: tuple[int, int]) -> tuple[int, int, int]:
-    """Rows and features of a tile, and the warps that work on it."""
-    if n > _ONE_BLOCK:
-        rows, block = looped
-    else:
-        block = 1 << (n - 1).bit_length()
-        rows = max(1, _TILE // block)
-    # 512 elements a warp: two loads of 16 bytes a thread for a 16-bit x.
-    return rows, block, min(_WARPS, max(1, rows * block // 512))
-
-
-def _stages(elements: int, loads_recovery: bool) -> int:
-    """Of backward's loops over tiles of so many elements: the next ones are loaded meanwhile.
-
-    What they load, of `shift` and its like too, has to fit into 99 KB, where smaller GPUs hold it.
-    """
-    return 3 if elements <= 4096 and not loads_recovery else 2
-
-
-@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":  # interpreted: a few, so that each goes through several tiles
         return 2
@@ -202,7 +197,12 @@ def _multiprocessors(device: torch.device) -> int:
     return count
 
 
+_interpreter = threading.RLock()  # it has one grid for all threads
+
+
 def _on_device_of(x: torch.Tensor) -> AbstractContextManager[Any]:
+    if INTERPRETED:
+        return _interpreter
     # Triton launches on the current device, which need not be that of x.
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)

@@ -1,4 +1,7 @@
-"""Tiles of rows, as the kernels load, round and store them. `kernels.py` explains the arguments."""
+"""Tiles of rows, as the kernels load, round and store them.
+
+`forward_kernels.py` explains the arguments.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,12 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Whether Triton runs these kernels in NumPy, on CPU tensors, for tests without a GPU."""
 
+IN_Y = tl.constexpr(-1)
+IN_KEPT = tl.constexpr(-2)
+
+SMALL = tl.constexpr(4)
+"""The xhat of a row is small if its variance is less than so many times eps."""
+
 
 @triton.jit
 def rows(first, ROWS: tl.constexpr):  # 64 bits: a tensor may have more than 2**31 elements
@@ -17,78 +26,108 @@ def rows(first, ROWS: tl.constexpr):  # 64 bits: a tensor may have more than 2**
 
 
 @triton.jit
-def load(tensor, rows, columns, mask, inner, outer_stride, inner_stride):
-    begin = (rows // inner) * outer_stride + (rows % inner) * inner_stride
-    return tl.load(tensor + begin[:, None] + columns[None, :], mask, 0.0).to(tl.float32)
+def load(p_tensor, b_rows, b_columns, m_tile, inner, outer_stride, inner_stride):
+    b_begin = (b_rows // inner) * outer_stride + (b_rows % inner) * inner_stride
+    p_tile = p_tensor + b_begin[:, None] + b_columns[None, :]
+    return tl.load(p_tile, m_tile, 0.0).to(tl.float32)
 
 
 @triton.jit
-def load_parameter(parameter, columns, N, if_none: tl.constexpr):
-    if parameter is None:
-        value = if_none
+def load_parameter(p_parameter, b_columns, N, if_none: tl.constexpr):
+    if p_parameter is None:
+        b_value = if_none
     else:
-        value = tl.load(parameter + columns, columns < N, 0.0).to(tl.float32)[None, :]
-    return value
+        b_value = tl.load(p_parameter + b_columns, b_columns < N, 0.0).to(tl.float32)[None, :]
+    return b_value
 
 
 @triton.jit
-def load_slots(recovery, columns, N):
-    return tl.load(recovery + 2 * N + columns, columns < N, -1.0).to(tl.int32)[None, :]
+def load_slots(p_slots, b_columns, N):
+    return tl.load(p_slots + b_columns, b_columns < N, IN_KEPT)[None, :]
 
 
 @triton.jit
-def load_recovery(recovery, columns, N):
-    if recovery is None:
-        offset, one_over, slot = 0.0, 1.0, -1
+def load_recovery(p_weight, p_bias, p_slots, b_columns, N, rounding, smallest):
+    """Load bias, 1 / weight and slot of the features: xhat = (y - bias) / weight."""
+    if p_slots is None:
+        b_bias, b_inverse, b_slot = 0.0, 1.0, -1
     else:
-        offset = load_parameter(recovery, columns, N, 0.0)
-        one_over = load_parameter(recovery + N, columns, N, 0.0)
-        slot = load_slots(recovery, columns, N)
-    return offset, one_over, slot
-
-
-@triton.jit
-def store(tensor, value, rows, columns, mask, N):
-    offsets = rows[:, None] * N + columns[None, :]
-    tl.store(tensor + offsets, rounded(value, tensor.dtype.element_ty), mask)
-
-
-@triton.jit
-def rounded(value, dtype: tl.constexpr):
-    """`value`, float32, in `dtype`: to the nearest, a tie to the even one, as the GPU rounds."""
-    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts the lower 16 bits off
-        bits = value.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        value = tl.where(value == value, nearest, value)
-    return value.to(dtype)
-
-
-@triton.jit
-def store_statistics(statistics, mean, rstd, rows, M):
-    if statistics is not None:
-        tl.store(statistics + rows, mean, rows < M)
-        tl.store(statistics + M + rows, rstd, rows < M)
-
-
-@triton.jit
-def reserve(recovery, reserved, xhat, rows, columns, mask, N, RESERVED):
-    slot = load_slots(recovery, columns, N)
-    value = rounded(xhat, reserved.dtype.element_ty)
-    tl.store(reserved + rows[:, None] * RESERVED + slot, value, mask & (slot >= 0))
+        b_bias = tl.zeros_like(b_columns).to(tl.float32)[None, :]
+        if p_bias is not None:
+            b_bias = load_parameter(p_bias, b_columns, N, 0.0)
+        b_weight = load_parameter(p_weight, b_columns, N, 1.0)
+        # Where y is noise alone 0 is the better guess.
+        m_known = tl.abs(b_weight) > rounding * (tl.abs(b_bias) + smallest)
+        b_inverse = tl.where(m_known, 1 / tl.where(m_known, b_weight, 1.0), 0.0)
+        b_slot = load_slots(p_slots, b_columns, N)
+    return b_bias, b_inverse, b_slot
 
 
 @triton.jit
 def load_xhat(
-    x, statistics, offset, one_over, slot, reserved, rows, columns, mask, M, RESERVED,
-    inner, outer_stride, inner_stride, IS_XHAT: tl.constexpr,
+    p_kept, p_statistics, b_bias, b_inverse, b_slot, p_slots, p_reserved,
+    b_rows, b_columns, m_tile, M, RESERVED, inner, outer_stride, inner_stride,
+    CENTRED: tl.constexpr, IS_X: tl.constexpr,
 ):  # fmt: skip
-    xhat = load(x, rows, columns, mask, inner, outer_stride, inner_stride)
-    if reserved is not None:
-        own = reserved + rows[:, None] * RESERVED + slot
-        own = tl.load(own, mask & (slot >= 0), 0.0).to(tl.float32)
-        xhat = tl.where(slot >= 0, own, (xhat - offset) * one_over)
-    elif not IS_XHAT:
-        mean = tl.load(statistics + rows, rows < M, 0.0)
-        rstd = tl.load(statistics + M + rows, rows < M, 0.0)
-        xhat = (xhat - mean[:, None]) * rstd[:, None]
-    return xhat
+    b_xhat = load(p_kept, b_rows, b_columns, m_tile, inner, outer_stride, inner_stride)
+    if p_slots is not None:
+        p_own = p_reserved + b_rows[:, None] * RESERVED + b_slot
+        b_own = tl.load(p_own, m_tile & (b_slot >= 0), 0.0).to(tl.float32)
+        b_xhat = tl.where(b_slot == IN_Y, (b_xhat - b_bias) * b_inverse, b_xhat)
+        b_xhat = tl.where(b_slot >= 0, b_own, b_xhat)
+    elif IS_X:
+        if CENTRED:
+            b_xhat -= tl.load(p_statistics + M + b_rows, b_rows < M, 0.0)[:, None]
+        b_xhat *= tl.load(p_statistics + b_rows, b_rows < M, 0.0)[:, None]
+    return b_xhat
+
+
+@triton.jit
+def store(p_tensor, b_value, b_rows, b_columns, m_tile, N):
+    b_offsets = b_rows[:, None] * N + b_columns[None, :]
+    tl.store(p_tensor + b_offsets, rounded(b_value, p_tensor.dtype.element_ty), m_tile)
+
+
+@triton.jit
+def rounded(b_value, dtype: tl.constexpr):
+    """Round a float32 block to `dtype`: to the nearest, a tie to the even one, as the GPU does."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts the lower 16 bits off
+        b_bits = b_value.to(tl.uint32, bitcast=True)
+        b_nearest = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        b_value = tl.where(b_value == b_value, b_nearest, b_value)
+    return b_value.to(dtype)
+
+
+@triton.jit
+def store_results(
+    b_xhat, p_weight, p_bias, p_y, p_kept, p_slots, p_reserved,
+    b_rows, b_columns, m_tile, N, RESERVED,
+):  # fmt: skip
+    """Store y, and for backward xhat: all of it in p_kept, that of some features in p_reserved."""
+    b_weight = load_parameter(p_weight, b_columns, N, 1.0)
+    b_bias = load_parameter(p_bias, b_columns, N, 0.0)
+    store(p_y, b_xhat * b_weight + b_bias, b_rows, b_columns, m_tile, N)
+    if p_kept is not None:
+        store(p_kept, b_xhat, b_rows, b_columns, m_tile, N)
+    if p_slots is not None:
+        b_slot = load_slots(p_slots, b_columns, N)
+        p_own = p_reserved + b_rows[:, None] * RESERVED + b_slot
+        b_own = rounded(b_xhat, p_reserved.dtype.element_ty)
+        tl.store(p_own, b_own, m_tile & (b_slot >= 0))
+
+
+@triton.jit
+def store_statistics(p_statistics, b_mean, b_rstd, b_rows, M, WITH_MEAN: tl.constexpr):
+    if p_statistics is not None:
+        tl.store(p_statistics + b_rows, b_rstd, b_rows < M)
+        if WITH_MEAN:
+            tl.store(p_statistics + M + b_rows, b_mean, b_rows < M)
+
+
+@triton.jit
+def count_small(p_counts, b_variance, b_rows, M, eps):
+    """Add the rows whose xhat is small. Whole numbers: the order makes no difference."""
+    if p_counts is not None:
+        m_small = (b_rows < M) & (b_variance < SMALL * eps)
+        count = tl.sum(m_small.to(tl.int32), 0)
+        tl.atomic_add(p_counts + 1, count, count > 0, sem="relaxed")
