@@ -187,6 +187,8 @@ def _backend(name: str) -> dict[str, Any]:
         chosen, _ = backends.resolve(name, Precision.AMP)
     except (Exception, SystemExit) as error:
         return _finding(False, repr(error) if isinstance(error, SystemExit) else str(error))
+    if name in ("fused", "lean"):
+        return _finding(True, backends.fused.why_native())
     return _finding(True, chosen if chosen != name else "")
 
 

@@ -20,7 +20,7 @@ from lpln_autopatch import (
     torch_compat,
 )
 from lpln_autopatch.backends import apex, native
-from lpln_autopatch.torch_compat import autocast_dtype
+from lpln_autopatch.torch_compat import HAS_RMS_NORM, autocast_dtype
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -237,6 +237,7 @@ def third_party(tmp_path_factory):
             version = "1.0"
             [project.entry-points."lpln_autopatch.backends"]
             tiny = "tiny_backend:normalise"
+            both = "tiny_backend:both"
             broken = "tiny_backend:no_such_name"
             """
         )
@@ -248,6 +249,16 @@ def third_party(tmp_path_factory):
             def normalise(x, normalized_shape, weight, bias, eps, dtype):
                 y = torch.nn.functional.layer_norm(x, normalized_shape)
                 return torch.full_like(y, 7, dtype=dtype)
+
+            class Both:
+                def __call__(self, *call):
+                    return normalise(*call)
+                def rms_norm(self, x, normalized_shape, weight, eps, dtype):
+                    y = torch.nn.functional.rms_norm(x, normalized_shape)
+                    assert y.dtype is x.dtype
+                    return torch.full_like(y, 8, dtype=dtype)
+
+            both = Both()
             """
         )
     )
@@ -281,6 +292,24 @@ def test_third_party_backend(third_party):
     """
     result = run_python("-c", textwrap.dedent(code), PYTHONPATH=third_party)
     assert result.stdout.split() == ["tiny", "True", "tiny", "True"]
+
+
+@pytest.mark.skipif(not HAS_RMS_NORM, reason="torch 2.4 has RMSNorm; CI runs this on later ones")
+def test_rms_norm_is_a_backends_that_has_one(third_party):
+    """One with an attribute `rms_norm` normalises that as well; for another one native does."""
+    code = """
+        import torch, lpln_autopatch
+        x, norm = torch.randn(4, 8), torch.nn.RMSNorm(8)
+        for backend in ("both", "tiny"):
+            lpln_autopatch.enable(backend=backend, norms="all")
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y, z = norm(x), torch.nn.LayerNorm(8)(x)
+            print(y.dtype, (y == 8).all().item(), (z == 7).all().item())
+    """
+    result = run_python("-c", textwrap.dedent(code), PYTHONPATH=third_party)
+    assert result.stdout.split() == [
+        *(["torch.bfloat16", "True", "True", "torch.bfloat16", "False", "True"])
+    ]
 
 
 def test_variable_chooses_the_backend(third_party):

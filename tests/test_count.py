@@ -67,6 +67,93 @@ def test_small_model_is_as_counted_by_hand(counted):
 
 
 @shares_a_run
+def test_kernels_are_as_counted_by_hand(counted):
+    """fused and lean count as their kernels: the bytes that these read, write and keep."""
+    _, figures = counted
+    x, rows, n = 4 * 8, 4, 8
+    both, parameters, slots = 2 * (2 * x), 4 * (n + n), 4 * n
+    partials = 4 * 2 * rows * n  # of as many programs as there are rows
+    reduced = partials + parameters
+    # The two matrices' inputs and a bfloat16 x, which is kept as it is, mean and 1 / std.
+    fused, lean = figures["fused"], figures["lean"]
+    assert fused["kept"] == both + 2 * x + 8 * rows
+    forward = 2 * x + parameters + 2 * x + 8 * rows
+    backward = 2 * (2 * x) + 4 * n + 8 * rows + 2 * x + partials
+    assert fused["norms"] == forward + backward + reduced
+    # y is the next matrix's input; 1 / std, slots, and a column of xhat.
+    assert lean["kept"] == both + 4 * rows + slots + 2 * rows
+    choose = parameters + slots + 2 * 4
+    forward = 2 * x + parameters + slots + 2 * x + 4 * rows
+    backward = 2 * (2 * x) + parameters + 4 * rows + slots + 2 * x + partials
+    assert lean["norms"] == choose + forward + backward + reduced
+    for counts in (fused, lean):
+        assert (counts["norm_calls"], counts["lowered_calls"]) == (1, 1)
+        assert counts["casts"] == figures["stock"]["casts"] - 6 * (4 * x)
+
+
+COUNTED = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import copy
+import torch
+from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch.bench import emulated, kernels
+
+NORMS = {
+    "layer_norm": torch.nn.LayerNorm(64),
+    "no bias": torch.nn.LayerNorm(64, bias=False),
+    "no parameters": torch.nn.LayerNorm(64, elementwise_affine=False),
+    "rms_norm": torch.nn.RMSNorm(64),
+}
+
+def kept(norm, x, backend, device):
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append((tuple(t.shape), t.dtype)) or t, lambda t: t)
+    block = low_precision_layernorm(backend=backend, norms="all")
+    with block, torch.autocast(device, dtype=torch.bfloat16), hooks:
+        y = norm(x)
+    y.float().sum().backward()
+    return kept, [tuple(p.grad.shape) for p in norm.parameters()], x.grad.dtype
+
+emulated.add_device()  # before the first backward
+for name, norm in NORMS.items():
+    for backend, counted in kernels.NAMES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            norm.zero_grad()
+            real = kept(norm, torch.randn(8, 64, dtype=dtype, requires_grad=True), backend, "cpu")
+            with emulated.accelerator(), kernels.named():
+                fake_norm = copy.deepcopy(norm)
+                emulated.move(fake_norm)
+                x = torch.randn(8, 64, dtype=dtype, device=emulated.NAME, requires_grad=True)
+                fake = kept(fake_norm, x, counted, emulated.NAME)
+            assert real == fake, (name, backend, dtype, real, fake)
+            print("same")
+"""
+
+
+def test_kernels_are_counted_as_they_keep():
+    """What the operators keep for backward is what the kernels keep: as many, shapes, dtypes."""
+    assert run_forked("-c", COUNTED).stdout.split() == ["same"] * 16
+
+
+@shares_a_run
+@pytest.mark.parametrize("counted", ["bfloat16"], indirect=True)
+def test_few_columns_are_printed_by_default(counted, tmp_path):
+    """native and lean; with --all-columns fused, the recipe and the bound of time as well."""
+    header = next(line for line in counted[0].splitlines() if line.startswith("| eager"))
+    few = [column.strip() for column in header.split("|")[2:-1]]
+    assert few == ["batch", "norms lowered", *(
+        c for what in ("kept", "moved", "peak") for c in (f"{what} GiB", "native", "lean")
+    )]  # fmt: skip
+    printed, _ = count(tmp_path, "--models", "small:make", "--all-columns")
+    header = next(line for line in printed.splitlines() if line.startswith("| eager"))
+    columns = [column.strip() for column in header.split("|")[2:-1]]
+    assert columns.count("fused") == columns.count("recipe") == 4
+    assert "least ms" in columns
+
+
+@shares_a_run
 @pytest.mark.parametrize("counted", ["bfloat16"], indirect=True)
 def test_two_runs_print_the_same(counted, tmp_path):
     """There is neither a clock nor chance in it."""

@@ -240,7 +240,7 @@ def test_wrong_shapes_get_pytorchs_own_error(takes_all):
 def test_large_inputs_take_this_way(create_graph):
     """A LayerNorm in a program: an x above the limit is kept as it is, one below is upcast."""
     norm = torch.nn.LayerNorm(1024)
-    for rows, dtype in ((512, BF16), (256, FP32)):
+    for rows, dtype in ((256, BF16), (255, FP32)):
         x = torch.randn(rows, 1024).to(BF16).requires_grad_()
         kept = []
         hooks = torch.autograd.graph.saved_tensors_hooks(
@@ -256,3 +256,23 @@ def test_large_inputs_take_this_way(create_graph):
         exact = in_float64((x, (1024,), norm.weight, norm.bias, 1e-5), upstream)[1]
         for got, right, limit in zip(gradients, exact, (0.004, 1e-6, 1e-6), strict=True):
             assert error(got, right) < limit
+
+
+@pytest.mark.parametrize("rows", [1, 255])
+def test_without_gradients_a_small_input_takes_this_way_too(rows):
+    """Nothing is kept and nothing summed up then: one kernel, and no upcast."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    ran = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ran.append(function._overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    norm, x = torch.nn.LayerNorm(1024), torch.randn(rows, 1024).to(BF16)
+    with low_precision_layernorm(), autocast(), torch.no_grad(), Mode():
+        y = norm(x)
+    assert ran == ["native_layer_norm"]
+    exact = torch.layer_norm(x.double(), (1024,), norm.weight.double(), norm.bias.double())
+    assert error(y.detach(), exact.detach()) < torch.finfo(BF16).eps / 2

@@ -1,4 +1,4 @@
-"""LayerNorm of a large low-precision x on CPU: PyTorch's mixed kernel, with sums in float32.
+"""LayerNorm of a low-precision x on CPU: PyTorch's mixed kernel, with sums in float32.
 
 That kernel reads x in its own dtype, computes in float32 and rounds once, and x itself is what is
 kept for backward. But its own backward sums the gradients of weight and bias in x's dtype, 7 % off
@@ -24,30 +24,32 @@ from lpln_autopatch.torch_compat import (
     never_a_frame_of_its_own,
 )
 
-SMALLEST = 1 << 19
-"""The elements of the smallest x that is taken.
+SMALLEST = 1 << 18
+"""The elements of the smallest x that is taken where gradients are wanted.
 
-An autograd function in Python costs some 30 microseconds a call. For a smaller x an upcast costs
-less, and the float32 copy that it keeps is below 2 MiB.
+An autograd function in Python and its sums in blocks cost some 100 microseconds a call. For a
+smaller x an upcast costs less. A float32 copy of this many elements takes 1 MiB, and from there on
+its page faults take more than all the rest, in some processes. Without gradients nothing is kept
+and nothing summed up, and the kernel takes as long as an upcast or less, whatever the size.
 """
 
 _BLOCK = 1 << 18  # elements of what is copied to float32 at a time: two copies fit into a cache
 
 
 def takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine, dtype: torch.dtype) -> bool:
-    """Whether `normalise` takes this call of a `Backend`, whether or not gradients are wanted."""
+    """Return True if `normalise` takes this call of a `Backend`."""
     return (
         x.is_cpu
         and x.dtype is dtype
-        and x.numel() >= SMALLEST
         and CPU_TAKES_MIXED_DTYPES
+        and (x.numel() >= SMALLEST or not autograd.wants_gradient(x, weight, bias))
         and autograd.takes(x, shape, weight, bias)
         and autograd.can_be_saved(x)
     )
 
 
 def normalise(x: Tensor, shape: Shape, weight: Affine, bias: Affine, eps: float) -> Tensor:
-    """Normalise what `takes` takes, with the same values whether or not gradients are wanted."""
+    """Normalise what `takes` takes."""
     if autograd.wants_gradient(x, weight, bias):
         y: Tensor = _LayerNorm.apply(x, shape, weight, bias, eps)  # type: ignore[no-untyped-call]
         return y

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpln_autopatch import backends, low_precision_layernorm
+from lpln_autopatch.backends import fused
 from lpln_autopatch.bench.recipe import ComposerGroupNorm, ComposerRecipe
 from lpln_autopatch.bench.results import short
 from lpln_autopatch.exemption import is_marked
@@ -67,6 +68,8 @@ class Contender:
         norms = (m for m in module.modules() if isinstance(m, tuple(classes)))
         own = {m: type(m) for m in norms if not is_marked(m)}
         block: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if self.backend in ("fused", "lean") and fused.why_native():
+            raise ImportError(fused.why_native())
         if self.backend is not None:
             block = low_precision_layernorm(backend=self.backend, norms=self.norms)
         for norm in own:

@@ -28,7 +28,7 @@ from lpln_autopatch.bench.contenders import (
     sift,
 )
 from lpln_autopatch.bench.policy import policy
-from lpln_autopatch.bench.recipe import AcceleratorRecipe, FusedArithmetic
+from lpln_autopatch.bench.recipe import AcceleratorRecipe, FusedArithmetic, LeanArithmetic
 from lpln_autopatch.bench.results import Figure, Row, short
 from lpln_autopatch.bench.timing import Progress
 from lpln_autopatch.bench.trainings import digits, example
@@ -59,7 +59,7 @@ def contenders(options: Namespace) -> list[Contender]:
         STOCK,
         Contender("lowered (native)", AcceleratorRecipe),
         Contender("lowered (fused)", FusedArithmetic),
-        Contender("lowered (lean)", backend="lean"),
+        Contender("lowered (lean)", LeanArithmetic),
     ]
 
 

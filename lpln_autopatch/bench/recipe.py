@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpln_autopatch.backends import autograd
+from lpln_autopatch.backends.fused.recovery import WORST_RATIO
 from lpln_autopatch.torch_compat import autocast_dtype
 
 
@@ -59,18 +60,31 @@ class AcceleratorRecipe(torch.nn.LayerNorm):
 
 
 class _RoundedXhat(torch.autograd.Function):
-    """What the kernels of `fused` compute, in operators of PyTorch's, for a float32 x."""
+    """What the kernels of `fused` and `lean` compute, in operators of PyTorch's, for a float32 x.
+
+    `lean` recovers xhat from y where |bias| is not too large beside |weight|.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor, eps: float
+        ctx: Any,
+        x: Tensor,
+        shape: Sequence[int],
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        lean: bool,
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             y, mean, rstd = torch.native_layer_norm(x.float(), shape, weight, bias, eps)
-        ctx.save_for_backward(((x.float() - mean) * rstd).to(dtype), weight, rstd)
+        y, xhat = y.to(dtype), ((x.float() - mean) * rstd).to(dtype)
+        if lean:
+            recoverable = bias.abs() <= WORST_RATIO * weight.abs()
+            xhat = torch.where(recoverable, (y.float() - bias) / weight, xhat.float())
+        ctx.save_for_backward(xhat, weight, rstd)
         ctx.shape = shape
-        return y.to(dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,18 +92,26 @@ class _RoundedXhat(torch.autograd.Function):
         x, mean = xhat.float() / rstd, torch.zeros_like(rstd)  # x, but for its mean
         wanted = (True, True, True)
         dx, *others = autograd.backward(dy, x, ctx.shape, weight, mean, rstd, wanted)
-        return dx, None, *others, None
+        return dx, None, *others, None, None
 
 
 class FusedArithmetic(torch.nn.LayerNorm):
     """What `fused` computes on a GPU: the output is rounded, and the xhat that it keeps."""
 
+    lean = False
+
     def forward(self, input: Tensor) -> Tensor:
         if autocast_dtype(input.device.type) is None:
             return super().forward(input)
-        arguments = (input, self.normalized_shape, self.weight, self.bias, self.eps)
+        arguments = (input, self.normalized_shape, self.weight, self.bias, self.eps, self.lean)
         y: Tensor = _RoundedXhat.apply(*arguments)  # type: ignore[no-untyped-call]
         return y
+
+
+class LeanArithmetic(FusedArithmetic):
+    """What `lean` computes on a GPU: xhat comes from the rounded output."""
+
+    lean = True
 
 
 def _cast(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
