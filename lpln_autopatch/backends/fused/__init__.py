@@ -144,7 +144,8 @@ def takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine) -> bool:
         and autograd.can_be_saved(x)
         and is_what_lies_in_memory(x)
         and x.shape[-len(shape) :].numel() <= MAX_FEATURES
-        and all(p is None or (p.is_contiguous() and not p.is_neg()) for p in (weight, bias))
+        and (weight is None or (weight.is_contiguous() and not weight.is_neg()))
+        and (bias is None or (bias.is_contiguous() and not bias.is_neg()))
     )
 
 

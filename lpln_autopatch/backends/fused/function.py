@@ -68,7 +68,8 @@ class FusedNorm(torch.autograd.Function):
         elif x.dtype is torch.float32:
             y, kept, statistics = _keep_xhat(arguments, rows, None)
         else:
-            kept, statistics = x, x.new_empty((1 + centred, rows), dtype=torch.float32)
+            kept = x
+            statistics = x.new_empty((1 + centred, rows), dtype=torch.float32)
             y = launcher().forward(*arguments, statistics)
         if recovery is None:
             ctx.save_for_backward(kept, weight, statistics)
@@ -120,7 +121,7 @@ def _keep_y(arguments: tuple[Any, ...], rows: int) -> tuple[Tensor, Tensor, Tens
     slots = recovery.reserved.shape[1]
     late = rules.arrive_late(weight)
     tally = rules.tallies().get(weight) if late else None
-    counts = weight.new_empty(2, dtype=torch.int32) if tally is None else tally.counts
+    counts = x.new_empty(2, dtype=torch.int32) if tally is None else tally.counts
     choose = functools.partial(
         launch.choose_slots, weight, bias, recovery, counts, dtype, rules.WORST_RATIO
     )
@@ -143,22 +144,22 @@ def _keep_y(arguments: tuple[Any, ...], rows: int) -> tuple[Tensor, Tensor, Tens
 
 def _kernels_take(*tensors: Tensor | None) -> bool:
     """Return True if the kernels can run on what autograd hands to backward."""
-    return not (
-        is_compiling()  # compiled autograd traces backward
-        or forward_mode_is_on()
-        or something_intercepts_operators()
-    ) and all(
+    # Compiled autograd traces backward.
+    if is_compiling() or forward_mode_is_on() or something_intercepts_operators():
+        return False
+    for i, t in enumerate(tensors):
         # Hooks on saved tensors may give back anything of the right shape. Kernels know the strides
-        # of dy and of what is kept.
-        t is None or (is_what_lies_in_memory(t) and (i < 2 or t.is_contiguous()))
-        for i, t in enumerate(tensors)
-    )
+        # of the first two, dy and what is kept.
+        if t is not None and not (is_what_lies_in_memory(t) and (i < 2 or t.is_contiguous())):
+            return False
+    return True
 
 
 def is_what_lies_in_memory(tensor: Tensor) -> bool:
     """Return False for a subclass, a negative view, a zero without memory, a batch, ..."""
-    keys = torch._C._dispatch_keys(tensor).raw_repr()
-    return type(tensor) in autograd.PLAIN and keys in _plain_keys(tensor.is_cuda)
+    if type(tensor) not in autograd.PLAIN:
+        return False
+    return torch._C._dispatch_keys(tensor).raw_repr() in _plain_keys(tensor.is_cuda)
 
 
 @functools.cache

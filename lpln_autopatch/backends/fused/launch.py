@@ -53,7 +53,8 @@ def forward(
     Returns:
         Tensor of the shape of `x`, contiguous, in `dtype`.
     """
-    m, n = x.shape[:-n_dims].numel(), x.shape[-n_dims:].numel()
+    n = x.shape[-n_dims:].numel()
+    m = x.numel() // n
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     tile = grid.tile(n, grid.LOOPED_FORWARD)
     kernel = forward_kernels.norm_forward_looped if tile.looped else forward_kernels.norm_forward
@@ -128,15 +129,13 @@ def backward(
     m, n = statistics.shape[1], kept.shape[-n_dims:].numel()
     tile, programs = grid.backward(m, n, _multiprocessors(kept.device))
     stages = grid.stages(tile, recovery is not None)
-    dx, dweight, dbias = (
-        kept.new_empty(shape, dtype=dtype) if wants else None
-        for shape, dtype, wants in zip(
-            (kept.shape, kept.shape[-n_dims:], kept.shape[-n_dims:]), dtypes, wanted, strict=True
-        )
-    )
+    empty, features = kept.new_empty, kept.shape[-n_dims:]
+    dx = empty(kept.shape, dtype=dtypes[0]) if wanted[0] else None
+    dweight = empty(features, dtype=dtypes[1]) if wanted[1] else None
+    dbias = empty(features, dtype=dtypes[2]) if wanted[2] else None
     partials = None
-    if dweight is not None or dbias is not None:
-        partials = kept.new_empty((2, programs, n), dtype=torch.float32)
+    if wanted[1] or wanted[2]:
+        partials = empty((2, programs, n), dtype=torch.float32)
     kernel = (
         backward_kernels.norm_backward_looped if tile.looped else backward_kernels.norm_backward
     )
