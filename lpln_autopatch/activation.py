@@ -31,8 +31,7 @@ def enable(
 
     That is every call of `torch.nn.functional.layer_norm`, by `torch.nn.LayerNorm` or anything
     else. Calling `enable` again replaces what it said before. An open `low_precision_layernorm`
-    block goes before it. Modules that exist already are lowered too, and so is code that
-    `torch.compile` compiled before.
+    block goes before it. Modules that exist already are lowered too, and so is compiled code.
 
     Args:
         precision: When to lower: "amp" (whatever autocast runs in), "amp_fp16" or
@@ -42,8 +41,8 @@ def enable(
             backend that another package brings, or "auto": what LPLN_BACKEND says, or else native.
             LayerNorm's alone: the other norms are native's.
         norms: What is lowered: "layer_norm", "group_norm", "rms_norm" and "hand_written" (what
-            classes compute by themselves), both from torch 2.4 on, several of them in a list or
-            separated by commas, or "all". By default what LPLN_NORMS says, or else "layer_norm".
+            classes write out), both from torch 2.4 on, several in a list or separated by commas,
+            or "all". By default what LPLN_NORMS says, or else "layer_norm".
 
     Returns:
         What a `with` statement can take: at its end the base is again what it was before this
@@ -174,10 +173,9 @@ def exempt(module: _Exempt, exempt: bool = True) -> _Exempt:
     of the state_dict, and compiled code follows it. For a class, it covers the calls of all its
     instances, and of its subclasses', also of those that are made later.
 
-    It does not cover `module.forward(x)` and other methods, except the forwards of torch.nn's
-    norms, nor what other threads run, except modules that are marked themselves. It uses forward
-    hooks (from torch 2.1 on). TorchScript compiles those if the forward takes one tensor and gives
-    one; otherwise take the mark off before `torch.jit.script`.
+    It does not cover `module.forward(x)` and other methods, except the forwards of norms, nor what
+    other threads run, except modules that are marked themselves. It uses forward hooks (from torch
+    2.1 on). TorchScript compiles those if the forward takes and gives one tensor.
 
     Args:
         module: A norm, any module that contains some, or a class of modules.
@@ -187,7 +185,7 @@ def exempt(module: _Exempt, exempt: bool = True) -> _Exempt:
         `module`.
 
     Raises:
-        TypeError: `module` is not a `torch.nn.Module`, nor a class of them.
+        TypeError: `module` is neither a `torch.nn.Module` nor a class of them.
     """
     import torch
 

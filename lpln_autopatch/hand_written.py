@@ -165,9 +165,10 @@ def normalise(
     operator = _operator(form.norm, weight, bias)
     if dtype is torch.float16:
         # Not rounded first: residual streams as T5's hold values that float16 does not.
-        y = native.lower_in_float32(operator, rows, size, weight, bias, form.eps, dtype)
-    elif operator is torch.layer_norm:
-        y = run_backend(lowering, rows, size, weight, bias, form.eps, dtype)
+        whole = operator or _OPERATORS[form.norm]
+        y = native.lower_in_float32(whole, rows, size, weight, bias, form.eps, dtype)
+    elif operator is None:
+        y = run_backend(lowering, form.norm, rows, size, weight, bias, form.eps, dtype)
     else:
         y = native.lower(operator, rows, size, weight, bias, form.eps, dtype)
     if form.dim == 1:
@@ -188,15 +189,19 @@ def _descends(strides: Sequence[int]) -> bool:
     return all(strides[at - 1] >= strides[at] for at in range(1, len(strides)))
 
 
-def _operator(norm: str, weight: Tensor | None, bias: Tensor | None) -> native.Operator:
-    if (weight is None or weight.ndim == 1) and (bias is None or bias.ndim == 1):
-        return torch.layer_norm if norm == "layer_norm" else _rms_norm
-    return _scaled_layer_norm if norm == "layer_norm" else _scaled_rms_norm
+def _operator(norm: str, weight: Tensor | None, bias: Tensor | None) -> native.Operator | None:
+    """Return an operator for what no backend takes: an RMSNorm with a bias, and no vectors."""
+    if any(t is not None and t.ndim > 1 for t in (weight, bias)):  # as where each head has its own
+        return _scaled_layer_norm if norm == "layer_norm" else _scaled_rms_norm
+    return _rms_norm if norm == "rms_norm" and bias is not None else None
 
 
 def _rms_norm(x: Tensor, shape: Sequence[int], weight: Affine, bias: Affine, eps: float) -> Tensor:
     y = torch.rms_norm(x, shape, weight, eps)
     return y if bias is None else y + bias
+
+
+_OPERATORS: dict[str, native.Operator] = {"layer_norm": torch.layer_norm, "rms_norm": _rms_norm}
 
 
 def _scaled_layer_norm(
@@ -212,7 +217,6 @@ def _scaled_rms_norm(
 
 
 def _scaled(y: Tensor, weight: Affine, bias: Affine) -> Tensor:
-    """Scale by what is no vector: for example, each head has a weight of its own."""
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 

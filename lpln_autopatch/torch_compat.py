@@ -96,14 +96,12 @@ if TORCH_VERSION >= (2, 1):
     is_dynamo_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
     is_compiling: Callable[[], bool] = torch.compiler.is_compiling
     """Also true where torch.export traces without Dynamo, as it does by default."""
-    # until torch 2.7: nothing tells where torch.export traces with Dynamo
-    is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 else:  # until torch 2.1: Dynamo had no public flag, and inlined no module of torch's own
 
     def is_dynamo_compiling() -> bool:
         return False
 
-    is_compiling = is_exporting = is_dynamo_compiling
+    is_compiling = is_dynamo_compiling
 
 # until torch 2.7: it cannot be asked
 is_exporting: Callable[[], bool]
