@@ -168,10 +168,9 @@ class low_precision_layernorm(contextlib.ContextDecorator):
 def exempt(module: _Exempt, exempt: bool = True) -> _Exempt:
     """Keep `module`, and every module that is inside it now, as PyTorch has it.
 
-    For the final norm of a model that spikes. It covers whatever `module(x)` calls in its thread,
-    `torch.nn.functional.layer_norm` included. The mark survives deepcopy and pickling, is no part
-    of the state_dict, and compiled code follows it. For a class, it covers the calls of all its
-    instances, and of its subclasses', also of those that are made later.
+    For the final norm of a model that spikes. It covers whatever `module(x)` calls in its thread.
+    The mark survives deepcopy and pickling, is no part of the state_dict, and compiled code follows
+    it. For a class, it covers all its instances, and its subclasses', made before or later.
 
     It does not cover `module.forward(x)` and other methods, except the forwards of norms, nor what
     other threads run, except modules that are marked themselves. It uses forward hooks (from torch

@@ -53,9 +53,6 @@ PRIVATE_NAMES = {
     "None: nothing public tells that a tensor has been changed in place.": [
         Name("torch.Tensor._version"),
     ],
-    "None: torch.compile does not say which function it was given.": [
-        Name("torch._dynamo.eval_frame._TorchDynamoContext.__call__._torchdynamo_orig_callable"),
-    ],
     "None: a hook is removed by its handle, and a copy of a module has no handles.": [
         Name("torch.nn.Module._forward_pre_hooks"),
         Name("torch.nn.Module._forward_hooks"),

@@ -28,7 +28,9 @@ NOT_OF_TORCH = {
     "_lpln_autopatch_exempt",
     "_lpln_autopatch_not_by_name",
     "_lpln_autopatch_",
+    "_lpln_autopatch_forward_",
     "_original",
+    "_replace",  # of a named tuple
 }
 
 

@@ -58,7 +58,8 @@ def sam2_memory_encoder(**config: Any) -> torch.nn.Module:
 
 def open_clip_vit_b_32(**config: Any) -> torch.nn.Module:
     """CLIP ViT-B/32 of open_clip, whose LayerNorm casts back to the dtype of its input."""
-    model: Any = import_module("open_clip").create_model("ViT-B-32", **config)
+    options = {"device": torch.get_default_device(), **config}
+    model: Any = import_module("open_clip").create_model("ViT-B-32", **options)
 
     def make_batch(items: int, length: int, device: str) -> dict[str, Any]:
         tokens = torch.randint(49408, (items, 77), device=device)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpln_autopatch import backends, low_precision_layernorm
+from lpln_autopatch import backends, kinds, low_precision_layernorm
 from lpln_autopatch.backends import fused
 from lpln_autopatch.bench.recipe import ComposerGroupNorm, ComposerRecipe
 from lpln_autopatch.bench.results import short
@@ -40,6 +40,7 @@ class Contender:
     layer_norm: type[torch.nn.LayerNorm] | None = None  # that the LayerNorms take; or their own
     backend: str | None = None  # of the block around it, if there is one
     norms: str = "layer_norm"  # those that are lowered
+    rms_norm: type[torch.nn.Module] | None = None  # that hand-written norms take
 
     def gives(
         self, dtypes: Iterable[torch.dtype], autocast: torch.dtype, exempt: bool = False
@@ -64,6 +65,9 @@ class Contender:
                 classes[torch.nn.LayerNorm] = self.layer_norm
             if "group_norm" in named:
                 classes[torch.nn.GroupNorm] = ComposerGroupNorm
+        if self.rms_norm is not None:
+            by_hand = {type(m) for m in module.modules() if kinds.candidate(type(m)) is not None}
+            classes.update(dict.fromkeys(by_hand, self.rms_norm))
         # Subclasses too, as Composer's surgery does.
         norms = (m for m in module.modules() if isinstance(m, tuple(classes)))
         own = {m: type(m) for m in norms if not is_marked(m)}

@@ -22,7 +22,7 @@ from lpln_autopatch.bench.timing import Progress
 
 LEGEND = """\
 batch          items of a training step, forward and backward
-norms lowered  by native, of all norms that the model calls
+norms lowered  by native, of all norms that it runs as norms
 kept           bytes that autograd keeps from forward to backward, in GiB
 moved          bytes that all operators read and write
 peak           the most bytes that were alive at once, without an optimizer
@@ -134,7 +134,7 @@ def _line(
     line = [f"{case['model']}{of}", str(case["batch"])]
     if mode == "eager":
         native = rows["native"].figures if "native" in rows else {}
-        line.append(f"{native.get('lowered_calls', '-')} of {stock['norm_calls']}")
+        line.append(f"{native.get('lowered_calls', '-')} of {native.get('norm_calls', '-')}")
     for what, column in columns.items():
         own: Any = stock[what]
         line.append(f"{own / 2**30:.2f}" if column.endswith("GiB") else f"{own:.4g}")

@@ -1,7 +1,8 @@
 """What small models learn, stock and lowered: does it cost quality, does it spike?
 
 The model of docs/examples on the sources of Python's standard library; under `--policy cuda` also
-a ViT on scikit-learn's digits. From a seed all contenders get the same weights and batches.
+a ViT on scikit-learn's digits, and
+Llama and OLMo 2 of transformers. From a seed all contenders get the same weights and batches.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lpln_autopatch import exempt
+from lpln_autopatch import exempt, kinds
 from lpln_autopatch.bench.contenders import (
     Contender,
     StockLayerNorm,
@@ -28,10 +29,11 @@ from lpln_autopatch.bench.contenders import (
     sift,
 )
 from lpln_autopatch.bench.policy import policy
-from lpln_autopatch.bench.recipe import AcceleratorRecipe, FusedArithmetic, LeanArithmetic
+from lpln_autopatch.bench.recipe import AcceleratorRecipe, AcceleratorRMSNorm
+from lpln_autopatch.bench.recipe import FusedArithmetic, LeanArithmetic
 from lpln_autopatch.bench.results import Figure, Row, short
 from lpln_autopatch.bench.timing import Progress
-from lpln_autopatch.bench.trainings import digits, example
+from lpln_autopatch.bench.trainings import causal_lm, digits, example
 
 LEGEND = """\
 gives                the dtype of what the LayerNorms return
@@ -50,10 +52,16 @@ STOCK = Contender("stock", StockLayerNorm)
 LOWERED = Contender("lowered", backend="auto")
 
 
-def contenders(options: Namespace) -> list[Contender]:
+HAND_WRITTEN = {"llama": "LlamaConfig", "olmo2": "Olmo2Config"}
+"""Tasks whose models write their norms out, before and behind a block: their configurations."""
+
+
+def contenders(options: Namespace, task: str) -> list[Contender]:
     """Stock and lowered; under CUDA's policy by every arithmetic that ours has on a GPU."""
     if options.policy is None:
         return [STOCK, LOWERED]
+    if task in HAND_WRITTEN:
+        return [FLOAT32, STOCK, Contender("lowered (native)", rms_norm=AcceleratorRMSNorm)]
     return [
         FLOAT32,
         STOCK,
@@ -71,7 +79,10 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
         if name not in known:
             print(f"--exempt {name}: no model here has a module of that name", file=sys.stderr)
             raise SystemExit(2)
-    cost = len(contenders(options)) * sum(case["seeds"] * case["steps"] for case, _, _ in every)
+    cost = sum(
+        len(contenders(options, case["task"])) * case["seeds"] * case["steps"]
+        for case, _, _ in every
+    )
     progress.expect(len(every), cost)
     rows: list[Row] = []
     for case, task, dtype in every:
@@ -84,11 +95,13 @@ def tasks(options: Namespace) -> list[tuple[dict[str, Any], Callable[..., Any], 
     """The cases, each with what makes its training from a dtype and a seed, and its dtype."""
     under_policy, on_cpu = options.policy is not None, options.device.type == "cpu"
     few = 3 if on_cpu and not under_policy else 5
-    seeds = options.seeds or (2 if options.quick else few)
     both = [torch.bfloat16, torch.float16]
 
-    def task(name: str, make: Callable[..., Any], dtype: torch.dtype, usual: int) -> Any:
+    def task(
+        name: str, make: Callable[..., Any], dtype: torch.dtype, usual: int, seeds: int = few
+    ) -> Any:
         steps = options.steps or (20 if options.quick else usual)
+        seeds = options.seeds or (2 if options.quick else seeds)
         case = {"task": name, "autocast": short(dtype), "steps": steps, "seeds": seeds}
         return case, partial(make, steps), dtype
 
@@ -99,7 +112,11 @@ def tasks(options: Namespace) -> list[tuple[dict[str, Any], Callable[..., Any], 
     if under_policy:
         make = partial(digits, options.lr or 2e-3)
         found += [task("digits", make, dtype, 500) for dtype in options.dtypes or both]
-    return found
+        for name, config in HAND_WRITTEN.items():
+            make = partial(causal_lm, config, options.lr or 2e-3)
+            found += [task(name, make, dtype, 400, 8) for dtype in dtypes]
+    wanted = options.tasks or [case["task"] for case, _, _ in found]
+    return [each for each in found if each[0]["task"] in wanted]
 
 
 def measure(
@@ -132,7 +149,7 @@ def measure(
             under.enter_context(policy("cpu"))
             torch.set_num_threads(1)  # its models are small
             under.callback(torch.set_num_threads, threads)
-        passed, reasons = sift(contenders(options), learn)
+        passed, reasons = sift(contenders(options, case["task"]), learn)
     rows = [Row(case, contender.name, reason=reason) for contender, reason in reasons.items()]
     for contender, (curves, about) in passed.items():
         figures = {**about, **_figures(curves, passed.get(STOCK, (curves,))[0])}
@@ -159,7 +176,7 @@ def _train(
     The first loss, of the untrained model, must be what float64 gives.
     """
     exact = _loss_in_float64(training)
-    dtypes = example().record_layernorm_dtypes(training.model)
+    dtypes = _recorded_dtypes(training.model)
     losses: list[torch.Tensor] = []
     norms: list[float] = []
     skipped, scale = 0, training.scaler.get_scale()
@@ -183,6 +200,15 @@ def _train(
     require({"the first loss": error}, {"the first loss": max(limit, 1e-5)})
     # Further digits are noise.
     return [round(loss.item(), 5) for loss in losses], dtypes, statistics.fmean(norms), skipped
+
+
+def _recorded_dtypes(model: torch.nn.Module) -> set[torch.dtype]:
+    """A set that collects the dtypes of what the norms of `model` give."""
+    dtypes: set[torch.dtype] = example().record_layernorm_dtypes(model)
+    for module in model.modules():
+        if kinds.candidate(type(module)) is not None:
+            module.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    return dtypes
 
 
 def _loss_in_float64(training: Any) -> torch.Tensor:

@@ -59,6 +59,21 @@ class AcceleratorRecipe(torch.nn.LayerNorm):
         return y.to(dtype)
 
 
+class AcceleratorRMSNorm(torch.nn.Module):
+    """The same for an RMSNorm that has the attributes of transformers' Llama's."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        rounded = _cast(hidden_states, None, None)[0]
+        weight = self.weight.to(rounded.dtype).float()
+        size = (rounded.shape[-1],)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            y = torch.rms_norm(rounded.float(), size, weight, self.variance_epsilon)
+        return y.to(rounded.dtype)
+
+
 class _RoundedXhat(torch.autograd.Function):
     """What the kernels of `fused` and `lean` compute, in operators of PyTorch's, for a float32 x.
 

@@ -127,6 +127,8 @@ def parse(argv: Sequence[str]) -> Namespace:
     add_for("step, call", "rounds", "rounds of timing, at least 2", type=at_least(2))
     add_for("loss", "steps", "steps of training, at least 20", type=at_least(20))
     add_for("loss", "seeds", "how many, at least 2", type=at_least(2))
+    tasks = ["text", "digits", "llama", "olmo2"]
+    add_for("loss", "tasks", "only these", nargs="+", choices=tasks)
     add_for("loss", "lr", "learning rate (default: 0.001, under --policy 0.002)", type=float)
     add_for("loss", "exempt", "modules that stay stock", nargs="+", metavar="NAME")
     add_for("loss", "policy", "under CUDA's autocast lists, on the CPU", choices=["cuda"])

@@ -1,4 +1,4 @@
-"""What `loss` trains: docs/examples/train.py, and a small ViT on scikit-learn's digits."""
+"""What `loss` trains: docs/examples/train.py, small models of transformers', a ViT on digits."""
 
 from __future__ import annotations
 
@@ -43,6 +43,40 @@ def digits(lr: float, steps: int, dtype: torch.dtype, seed: int) -> Any:
             return images[chosen], labels[chosen]
 
     return Training()
+
+
+def causal_lm(config: str, lr: float, steps: int, dtype: torch.dtype, seed: int) -> Any:
+    """A language model of transformers, of two blocks, on the text of docs/examples/train.py."""
+    text = example().standard_library_text()
+
+    class Training(example().Training):  # type: ignore[misc]
+        def __init__(self) -> None:
+            torch.manual_seed(seed)
+            self.args = SimpleNamespace(device="cpu", dtype=short(dtype), steps=steps)
+            self.args.context, self.args.batch_size = 64, 8
+            self.text = text
+            self.model = self.run_model = _CausalLM(config)
+            self.generator = torch.Generator().manual_seed(seed)
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
+            self.scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
+
+    return Training()
+
+
+class _CausalLM(torch.nn.Module):
+    """A model of transformers' that predicts the next byte: the loss."""
+
+    def __init__(self, config: str, width: int = 64) -> None:
+        super().__init__()
+        transformers: Any = import_module("transformers")
+        sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 256}
+        configuration = getattr(transformers, config)(**sizes, pad_token_id=None, use_cache=False)
+        self.model = transformers.AutoModelForCausalLM.from_config(configuration)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = self.model(input_ids=tokens).logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 class _ViT(torch.nn.Module):

@@ -104,6 +104,7 @@ _OLMO = {**_LLAMA, "intermediate_size": 8192}
 _GEMMA = {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26}
 _GEMMA |= {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}
 _T5 = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
+_T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0}
 
 MODELS: dict[str, Entry] = {
     "bert-base": Entry("transformers:BertConfig", 32, 512, {}, _THREE),
