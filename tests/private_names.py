@@ -104,7 +104,6 @@ PRIVATE_NAMES = {
     ],
     "torch.compiler.config, once it has these settings.": [
         Name("torch._dynamo.config.skip_nnmodule_hook_guards", since=(2, 5)),
-        Name("torch._dynamo.config.trace_autograd_ops", since=(2, 13)),
     ],
     "torch.compiler.reset, which also forgets what others have registered.": [
         Name("torch._dynamo.reset", since=(2, 0), until=(2, 4)),
