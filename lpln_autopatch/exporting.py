@@ -7,29 +7,28 @@ from typing import Any
 
 import torch
 
-from lpln_autopatch.torch_compat import is_dynamo_compiling, run_while_compiling
+from lpln_autopatch.torch_compat import is_exporting, run_while_compiling
 
 
-def autocast_is_exported() -> bool:
-    """Return True if what is being exported has entered torch.autocast itself.
+# For real, because Dynamo takes it that it exports whenever code asks (torch 2.9).
+@run_while_compiling
+def leaves_autocast_out(by_dynamo: bool) -> bool:
+    """Return True if an export is running that has not entered torch.autocast itself.
 
     An autocast of the caller's is not in the graph. The program will run under whatever autocast
     its new caller has, or under none, and then no other operator takes what a lowered norm gives.
     """
-    return _graph_enters_autocast(is_dynamo_compiling())
-
-
-@run_while_compiling
-def _graph_enters_autocast(strict: bool) -> bool:
-    if strict:
+    if not is_exporting():
+        return False
+    if by_dynamo:
         symbolic_convert: Any = importlib.import_module("torch._dynamo.symbolic_convert")
         graph = symbolic_convert.InstructionTranslator.current_tx().output.graph
     else:
         proxy_tensor: Any = importlib.import_module("torch.fx.experimental.proxy_tensor")
         mode = proxy_tensor.get_proxy_mode()
         if mode is None:  # a draft: the model runs once before it is traced
-            return False
+            return True
         graph = mode.tracer.graph
     amp: Any = torch.amp
     targets = [node.target for node in graph.nodes]
-    return targets.count(amp._enter_autocast) > targets.count(amp._exit_autocast)
+    return targets.count(amp._enter_autocast) <= targets.count(amp._exit_autocast)

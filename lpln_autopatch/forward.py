@@ -19,7 +19,6 @@ from lpln_autopatch.torch_compat import (
     autocast_dtype,
     is_compiling,
     is_dynamo_compiling,
-    is_exporting,
     is_tracing,
     never_a_frame_of_its_own,
     run_while_compiling,
@@ -94,7 +93,7 @@ def decide(lowering: Lowering, norm: str, x: object, weight: Tensor | None) -> t
     if dtype not in lowering.dtypes:
         _warn_of_other_dtype(lowering.precision, dtype, is_dynamo_compiling())
         return f"precision {lowering.precision}, autocast to {dtype}"
-    if is_exporting() and not exporting.autocast_is_exported():
+    if is_compiling() and exporting.leaves_autocast_out(is_dynamo_compiling()):
         _warn_of_autocast_outside(is_dynamo_compiling())
         return "autocast is outside of what is exported"
     return dtype
