@@ -9,8 +9,15 @@ import torch
 
 from lpln_autopatch.torch_compat import is_exporting, run_while_compiling
 
+# Both run for real: Dynamo takes it that it exports whenever code asks (torch 2.9).
 
-# For real, because Dynamo takes it that it exports whenever code asks (torch 2.9).
+
+@run_while_compiling
+def is_running() -> bool:
+    """Return True if torch.export is tracing."""
+    return is_exporting()
+
+
 @run_while_compiling
 def leaves_autocast_out(by_dynamo: bool) -> bool:
     """Return True if an export is running that has not entered torch.autocast itself.
@@ -18,7 +25,7 @@ def leaves_autocast_out(by_dynamo: bool) -> bool:
     An autocast of the caller's is not in the graph. The program will run under whatever autocast
     its new caller has, or under none, and then no other operator takes what a lowered norm gives.
     """
-    if not is_exporting():
+    if not is_running():
         return False
     if by_dynamo:
         symbolic_convert: Any = importlib.import_module("torch._dynamo.symbolic_convert")

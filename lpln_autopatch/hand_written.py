@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpln_autopatch import forward, kinds
+from lpln_autopatch import exporting, forward, kinds
 from lpln_autopatch.backends import native
 from lpln_autopatch.backends.autograd import DTYPES
 from lpln_autopatch.backends.protocol import Affine
@@ -17,7 +17,7 @@ from lpln_autopatch.exemption import is_marked, run_stock
 from lpln_autopatch.form import Form
 from lpln_autopatch.forward import HAND_WRITTEN, decide, run_backend
 from lpln_autopatch.torch_compat import (
-    is_exporting,
+    is_compiling,
     is_tracing,
     never_a_frame_of_its_own,
     run_while_compiling,
@@ -52,7 +52,7 @@ def decide_form(
     decision = decide(lowering, HAND_WRITTEN, x, None)
     if isinstance(decision, str):
         return decision, None
-    if is_exporting():
+    if is_compiling() and exporting.is_running():
         return "torch.export", None
     form = _form_for(number, module, x)
     if isinstance(form, str):

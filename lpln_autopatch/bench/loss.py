@@ -29,8 +29,12 @@ from lpln_autopatch.bench.contenders import (
     sift,
 )
 from lpln_autopatch.bench.policy import policy
-from lpln_autopatch.bench.recipe import AcceleratorRecipe, AcceleratorRMSNorm
-from lpln_autopatch.bench.recipe import FusedArithmetic, LeanArithmetic
+from lpln_autopatch.bench.recipe import (
+    AcceleratorRecipe,
+    AcceleratorRMSNorm,
+    FusedArithmetic,
+    LeanArithmetic,
+)
 from lpln_autopatch.bench.results import Figure, Row, short
 from lpln_autopatch.bench.timing import Progress
 from lpln_autopatch.bench.trainings import causal_lm, digits, example
