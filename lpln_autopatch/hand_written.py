@@ -162,7 +162,7 @@ def normalise(
         rows = x.movedim(1, -1)
         weight, bias = _flat(weight), _flat(bias)
     size = (rows.shape[-1],)
-    operator = _operator(form.norm, weight, bias)
+    operator = _operator(form.norm, size, weight, bias)
     if dtype is torch.float16:
         # Not rounded first: residual streams as T5's hold values that float16 does not.
         whole = operator or _OPERATORS[form.norm]
@@ -189,9 +189,14 @@ def _descends(strides: Sequence[int]) -> bool:
     return all(strides[at - 1] >= strides[at] for at in range(1, len(strides)))
 
 
-def _operator(norm: str, weight: Tensor | None, bias: Tensor | None) -> native.Operator | None:
-    """Return an operator for what no backend takes: an RMSNorm with a bias, and no vectors."""
-    if any(t is not None and t.ndim > 1 for t in (weight, bias)):  # as where each head has its own
+def _operator(
+    norm: str, size: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
+) -> native.Operator | None:
+    """Return an operator for what no backend takes, or None.
+
+    That is an RMSNorm with a bias, and tensors that broadcast: one number, or some for each head.
+    """
+    if any(t is not None and t.shape != size for t in (weight, bias)):
         return _scaled_layer_norm if norm == "layer_norm" else _scaled_rms_norm
     return _rms_norm if norm == "rms_norm" and bias is not None else None
 

@@ -69,6 +69,18 @@ class HeadsRMSNorm(nn.Module):
         return F.normalize(x, dim=-1) * self.gamma * self.scale
 
 
+class ScaleNorm(nn.Module):
+    """x-transformers': one number scales all features."""
+
+    def __init__(self, size=8):
+        super().__init__()
+        self.scale = size**0.5
+        self.g = nn.Parameter(torch.randn(1))
+
+    def forward(self, x):
+        return F.normalize(x, dim=-1) * self.scale * self.g
+
+
 class BiaslessLayerNorm(Norm):
     def forward(self, x):
         x = x.float()
@@ -134,6 +146,7 @@ NORMS = {
     PlainRMSNorm: ROWS,
     RMSNormWithBias: ROWS,
     HeadsRMSNorm: (2, 3, 5, 8),
+    ScaleNorm: ROWS,
     BiaslessLayerNorm: ROWS,
     lambda: CastingLayerNorm(8): ROWS,
     lambda: SuperLayerNorm(8): ROWS,
