@@ -75,7 +75,7 @@ class Exchange:
             )
         # Always the same two: compiled code is guarded on the code of the function, and a code of
         # its own for every activation would be a graph for every activation.
-        self._stock_code = function.__code__
+        self._stock_code = _stock_codes[function] = function.__code__
         self._our_code = _code_that_calls(self._name, function)
         stock = types.FunctionType(
             function.__code__,
@@ -111,6 +111,12 @@ class Exchange:
         self.function.__code__ = self._stock_code if self.runs is None else self._our_code
 
 
+def stock_code(function: types.FunctionType) -> types.CodeType:
+    """Return the code of `function`, also while it is exchanged."""
+    return _stock_codes.get(function, function.__code__)
+
+
+_stock_codes: dict[types.FunctionType, types.CodeType] = {}
 _outdated: list[types.CodeType] = []
 _unfinished: Any = object()
 

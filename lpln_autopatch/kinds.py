@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from lpln_autopatch import exemption
+from lpln_autopatch.exchange import stock_code
 from lpln_autopatch.form import Form
 from lpln_autopatch.recognition import Failed, recognise
 from lpln_autopatch.stand_in import EVERY_MODULES, NotANorm, Opaque, Shape
@@ -29,8 +30,6 @@ _T = TypeVar("_T")
 
 # A filter, not a list: what the forward computes decides.
 _NAMED_NORM = re.compile(r"(?i:norm)|LN|RMS")
-
-_stock: dict[Callable[..., Any], Callable[..., Any]] = {}  # of the forwards that are exchanged
 
 Values = tuple[Any, ...]
 """What a module holds under the names that its forward reads, as `describe` gives it."""
@@ -48,7 +47,7 @@ class Forward:
 
     def __init__(self, function: types.FunctionType, stock: Callable[..., Any]) -> None:
         self.function = function
-        self.stock = _stock[function] = stock
+        self.stock = stock
         _, _, *further = inspect.signature(function, follow_wrapped=False).parameters.values()
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self._defaults = tuple(p.default for p in further if p.kind in positional)
@@ -169,10 +168,10 @@ def _reads(cls: type, function: Callable[..., Any]) -> Iterator[str]:
     pending, seen = [function], set()
     while pending:
         unwrapped = inspect.unwrap(pending.pop())
-        code = getattr(_stock.get(unwrapped, unwrapped), "__code__", None)
-        if code is None or code in seen:
+        if not isinstance(unwrapped, types.FunctionType) or unwrapped in seen:
             continue
-        seen.add(code)
+        seen.add(unwrapped)
+        code = stock_code(unwrapped)
         for name in _attributes_of_self(code):
             found = inspect.getattr_static(cls, name, None)
             found = found.fget if isinstance(found, property) else found

@@ -84,6 +84,13 @@ def test_norm_is_lowered_with_the_values_and_gradients_of_float64(make, dtype):
     assert y.stride() == run(module, x).stride()
 
 
+@pytest.mark.parametrize("make", NORMS)
+def test_norm_is_lowered_among_all(make):
+    """Where the functions and methods that it calls are exchanged as well."""
+    with low_precision_layernorm(norms="all"):
+        assert run(make(), torch.randn(NORMS[make])).dtype is BF16
+
+
 @pytest.mark.parametrize("make", NEAR_MISSES)
 def test_near_miss_stays_stock_bit_for_bit(make):
     """What is nearly a norm, or does more than a norm, gives what it gives without us."""
