@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 
 import hand_written_norms
 import pytest
@@ -30,7 +31,7 @@ from hand_written_norms import (
     PermutingLayerNorm2d,
     SumNorm,
 )
-from support import needs_dynamo
+from support import needs_dynamo, needs_library
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -583,6 +584,56 @@ def test_report_says_what_is_computed_and_why_not():
     assert rows[0].reason == "hand-written: norms='hand_written' lowers it"
     assert (rows[2].lowered, rows[2].output_dtype) == (False, FP32)
     assert rows[2].reason == "the module casts it back to float32"
+
+
+@needs_library("transformers")
+@pytest.mark.parametrize(
+    "name", ["Llama", "Mistral", "Qwen3", "Gemma3Text", "Olmo2", "DeepseekV3", "T5", "Mamba"]
+)
+def test_norms_of_transformers_models_are_lowered(name):
+    """Each one, with their own classes; a training step runs and has finite gradients."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0}
+    if name == "T5":
+        sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+        sizes |= {"vocab_size": 99, "decoder_start_token_id": 0}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    auto = transformers.AutoModelForSeq2SeqLM if name == "T5" else transformers.AutoModelForCausalLM
+    model, tokens = auto.from_config(config), torch.randint(99, (2, 8))
+    batch = {"input_ids": tokens, "labels": tokens}
+    with low_precision_layernorm(norms="all"), autocast():
+        rows = report(model, **batch).rows
+        model(**batch).loss.backward()
+    assert len(rows) >= 3
+    assert all(row.lowered for row in rows), [row for row in rows if not row.lowered]
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@needs_library("transformers")
+def test_kernel_of_the_hub_is_not_ours():
+    """A forward that is bound to a module, as `kernels` binds one, runs; without it, ours does."""
+    from transformers.integrations import use_kernel_forward_from_hub
+
+    ran = []
+
+    @use_kernel_forward_from_hub("RMSNorm")
+    class HubRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states)
+
+    class Kernel(nn.Module):
+        def forward(self, hidden_states):
+            ran.append(self)
+            return hidden_states * self.weight
+
+    module, x = HubRMSNorm(), torch.randn(4, 8)
+    with low_precision_layernorm(norms="all"):
+        assert run(module, x).dtype is BF16
+        module.forward = types.MethodType(Kernel.forward, module)
+        assert torch.equal(run(module, x), x * module.weight)
+    assert ran == [module]
 
 
 def test_names_and_errors_know_hand_written(monkeypatch):
