@@ -54,6 +54,8 @@ def decide_form(
         return decision, None
     if is_compiling() and exporting.is_running():
         return "torch.export", None
+    if x.is_nested or x.layout is not torch.strided:
+        return "the input is not dense", None
     form = _form_for(number, module, x)
     if isinstance(form, str):
         return f"not recognised: {form}", None
@@ -86,7 +88,10 @@ def explain(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[str, torch
     if function is None:
         return "", "calls no norm function of torch.nn.functional"
     number = _number_of(function)
-    passed = inspect.signature(function).bind(module, *args, **kwargs)
+    try:
+        passed = inspect.signature(function).bind(module, *args, **kwargs)
+    except TypeError:  # the module has a forward of its own
+        return "", "another patcher"
     passed.apply_defaults()
     x = passed.args[1]
     if not isinstance(x, Tensor):
@@ -117,7 +122,7 @@ def _number_of(function: Any) -> int:
 def _fits(tensor: Tensor, x: Tensor) -> bool:
     """Return True if `tensor` broadcasts to the shape of x."""
     for n, size in zip(reversed(tensor.shape), reversed(x.shape)):  # noqa: B905
-        if n not in (1, size):
+        if n != 1 and n != size:  # `in` compares no symbols in Dynamo
             return False
     return tensor.ndim <= x.ndim
 

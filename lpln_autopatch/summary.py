@@ -139,24 +139,38 @@ def _none_lowered() -> str | None:
     stock = _reasons(both)
     if len(stock) < len(both):
         return None
-    by_hand = _modules_by_hand()
+    others = _others()
     if not stock:
-        return by_hand and f"no norm was lowered: {by_hand}."
+        return others and f"no norm was lowered: {others}."
     n = calls.total()
     what = f"{n} norm call{'s'[: n > 1]}" if n else "norms ran in compiled code alone"
-    return f"{what}, none lowered: {next(iter(stock))}{f'; {by_hand}' if by_hand else ''}."
+    return f"{what}, none lowered: {next(iter(stock))}{f'; {others}' if others else ''}."
 
 
-def _modules_by_hand() -> str | None:
-    """Return which modules may compute norms by hand, if nobody has asked for those."""
-    if forward.HAND_WRITTEN in forward.active.norms:
-        return None
-    classes = [type(each) for each in gc.get_objects() if issubclass(type(each), torch.nn.Module)]
-    found = [cls.__name__ for cls in classes if kinds.candidate(cls) is not None]
-    if not found:
+def _others() -> str | None:
+    """Return which norms that nobody has asked for have got gradients, or None.
+
+    Their functions and forwards are not exchanged, so that nothing has counted their calls.
+    """
+    asked = forward.active.norms
+    found = [
+        type(each).__name__
+        for each in gc.get_objects()
+        if issubclass(type(each), torch.nn.Module)
+        and _norm_of(type(each)) not in asked
+        and any(p is not None and p.grad is not None for p in each._parameters.values())
+    ]
+    if not found or not asked:
         return None
     names = ", ".join(sorted(set(found))[:3])
-    return f"computed by hand in up to {len(found)} modules ({names}): LPLN_NORMS=all lowers them"
+    return f"LPLN_NORMS={asked} leaves {len(found)} modules ({names}) stock; try LPLN_NORMS=all"
+
+
+def _norm_of(cls: type) -> str:
+    """Return the norm that a module of `cls` may compute besides LayerNorm, or ""."""
+    if kinds.candidate(cls) is not None:
+        return forward.HAND_WRITTEN
+    return next((n for n, name in norms.MODULES.items() if cls.__name__ == name), "")
 
 
 for _function in (_counted, _counted_form):

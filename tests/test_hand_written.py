@@ -522,6 +522,30 @@ def test_compiled_code_follows_each_switch(make):
 
 
 @needs_dynamo
+@pytest.mark.parametrize("make", NORMS)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_compiled_norm_has_the_values_and_gradients_of_eager(make, dtype):
+    """With fullgraph and dynamic shapes; under float16 a value of 1e5 does not overflow."""
+    module = make()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    scale = 1e5 if dtype is FP16 else 1.0
+    results = []
+    with by_hand(), torch.autocast("cpu", dtype=dtype):
+        for f in (module, compiled):
+            x = scale * torch.randn(NORMS[make], generator=torch.Generator().manual_seed(0))
+            y = f(x.requires_grad_())
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+            (y.float() * dy).sum().backward()
+            results.append([y, scale * x.grad, *(p.grad for p in module.parameters())])
+            module.zero_grad()
+    assert results[0][0].dtype is results[1][0].dtype is dtype
+    assert results[0][0].stride() == results[1][0].stride()
+    for eager, graph in zip(*results, strict=True):
+        assert graph.isfinite().all()
+        assert (graph - eager).norm() <= 0.02 * eager.norm()
+
+
+@needs_dynamo
 def test_layers_of_a_kind_share_a_graph():
     """Compiled one by one, as many layers as there are need two graphs."""
     with by_hand():

@@ -109,6 +109,42 @@ def test_norms_of_which_none_was_lowered_are_a_line():
     assert lines(one) == ["1 norm call, none lowered: no autocast."]
 
 
+NOT_ASKED_FOR = """
+import torch
+class LlamaRMSNorm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8))
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+model = torch.nn.Sequential(LlamaRMSNorm(), torch.nn.GroupNorm(2, 8))
+if {trains}:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.randn(4, 8)).sum().backward()
+"""
+
+
+@pytest.mark.skipif(TORCH_VERSION < (2, 4), reason="no norms by hand there; CI runs later ones")
+def test_norms_that_nobody_asked_for_are_a_line():
+    """If they were trained, and nothing was lowered. With LPLN_NORMS=all nothing is said."""
+    program = NOT_ASKED_FOR.format(trains=True)
+    assert lines(program) == [
+        "no norm was lowered: LPLN_NORMS=layer_norm leaves 2 modules (GroupNorm, LlamaRMSNorm) "
+        "stock; try LPLN_NORMS=all."
+    ]
+    assert lines(program, LPLN_NORMS="all") == []
+    assert lines(NOT_ASKED_FOR.format(trains=False)) == []
+
+
+@pytest.mark.skipif(TORCH_VERSION < (2, 4), reason="no norms by hand there; CI runs later ones")
+def test_norms_by_hand_are_counted():
+    """A call of each that is recognised, lowered or not; a trial is no call."""
+    program = NOT_ASKED_FOR.format(trains=True) + "model(torch.randn(4, 8))"
+    assert line(program, LPLN_NORMS="all") == (
+        "2 of 4 norm calls in eager mode were lowered; stock: 2 (no autocast)"
+    )
+
+
 @needs_dynamo
 @pytest.mark.parametrize("autocast", [True, False])
 def test_compiled_norms_of_which_none_was_lowered_are_a_line(autocast):
