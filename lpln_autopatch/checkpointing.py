@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from lpln_autopatch.backends.cpu import repeated
 from lpln_autopatch.torch_compat import CHECKPOINT_ENTRIES, CHECKPOINT_RECOMPUTATIONS
 
 Block = Callable[[], AbstractContextManager[Any]]
@@ -27,8 +28,12 @@ class Carried:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Even if that is in force already: what it is in force by may end before this does.
-        with self.block():
-            return self.function(*args, **kwargs)
+        before, repeated.now = repeated.now, True
+        try:
+            with self.block():
+                return self.function(*args, **kwargs)
+        finally:
+            repeated.now = before
 
 
 def replacements(

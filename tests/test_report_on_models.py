@@ -139,14 +139,15 @@ def test_every_layer_norm_call_is_lowered(make, calls):
 
 @needs_library("transformers")
 def test_norms_computed_by_hand_are_named():
-    """T5's RMSNorm calls no function of PyTorch's: all are in the report, and none is lowered."""
+    """T5's RMSNorm calls no function of PyTorch's: all are in the report, lowered if asked for."""
     model, inputs = t5()
-    with low_precision_layernorm(norms="all"), torch.no_grad(), autocast():
-        result = report(model.eval(), **inputs)
-    assert result.lowered == 0
-    assert result.calls == 12
-    assert {row.norm for row in result.rows} == {"T5LayerNorm"}
-    assert {row.reason for row in result.rows} == {"calls no norm function of torch.nn.functional"}
+    for norms, lowered in (("all", 12), ("layer_norm", 0)):
+        with low_precision_layernorm(norms=norms), torch.no_grad(), autocast():
+            result = report(model.eval(), **inputs)
+        assert (result.calls, result.lowered) == (12, lowered)
+        assert {row.norm for row in result.rows} == {"rms_norm"}
+        reason = "" if lowered else "hand-written: norms='hand_written' lowers it"
+        assert {row.reason for row in result.rows} == {reason}
 
 
 @needs_library("accelerate")

@@ -30,6 +30,8 @@ NOT_OF_TORCH = {
     "_lpln_autopatch_",
     "_lpln_autopatch_forward_",
     "_original",
+    "_StandIn",
+    "_args_from_interpreter_flags",  # of Python
     "_replace",  # of a named tuple
 }
 

@@ -9,6 +9,7 @@ them up in float32, over copies of a block of rows at a time.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,15 @@ its page faults take more than all the rest, in some processes. Without gradient
 and nothing summed up, and the kernel takes as long as an upcast or less, whatever the size.
 """
 
+
+class _Repeated(threading.local):
+    """Whether this thread runs what will run again with gradients, and must then give the same."""
+
+    now = False
+
+
+repeated = _Repeated()
+
 _BLOCK = 1 << 18  # elements of what is copied to float32 at a time: two copies fit into a cache
 
 
@@ -42,7 +52,9 @@ def takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine, dtype: torch.dt
         x.is_cpu
         and x.dtype is dtype
         and CPU_TAKES_MIXED_DTYPES
-        and (x.numel() >= SMALLEST or not autograd.wants_gradient(x, weight, bias))
+        and (
+            x.numel() >= SMALLEST or not (repeated.now or autograd.wants_gradient(x, weight, bias))
+        )
         and autograd.takes(x, shape, weight, bias)
         and autograd.can_be_saved(x)
     )
