@@ -17,7 +17,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from support import SMALL_MODELS, autocast, needs_dynamo, needs_library, output_dtype, run_forked, run_python
+from support import (
+    SMALL_MODELS,
+    autocast,
+    needs_dynamo,
+    needs_library,
+    output_dtype,
+    run_forked,
+    run_python,
+)
 
 from lpln_autopatch.bench import call, suites, timing, zoo
 from lpln_autopatch.bench.call import Layer

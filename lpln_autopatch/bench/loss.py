@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from lpln_autopatch import exempt, kinds
+from lpln_autopatch.bench import recipe
 from lpln_autopatch.bench.contenders import (
     Contender,
     StockLayerNorm,
@@ -29,12 +30,6 @@ from lpln_autopatch.bench.contenders import (
     sift,
 )
 from lpln_autopatch.bench.policy import policy
-from lpln_autopatch.bench.recipe import (
-    AcceleratorRecipe,
-    AcceleratorRMSNorm,
-    FusedArithmetic,
-    LeanArithmetic,
-)
 from lpln_autopatch.bench.results import Figure, Row, short
 from lpln_autopatch.bench.timing import Progress
 from lpln_autopatch.bench.trainings import causal_lm, digits, example
@@ -65,13 +60,13 @@ def contenders(options: Namespace, task: str) -> list[Contender]:
     if options.policy is None:
         return [STOCK, LOWERED]
     if task in HAND_WRITTEN:
-        return [FLOAT32, STOCK, Contender("lowered (native)", rms_norm=AcceleratorRMSNorm)]
+        return [FLOAT32, STOCK, Contender("lowered (native)", rms_norm=recipe.AcceleratorRMSNorm)]
     return [
         FLOAT32,
         STOCK,
-        Contender("lowered (native)", AcceleratorRecipe),
-        Contender("lowered (fused)", FusedArithmetic),
-        Contender("lowered (lean)", LeanArithmetic),
+        Contender("lowered (native)", recipe.AcceleratorRecipe),
+        Contender("lowered (fused)", recipe.FusedArithmetic),
+        Contender("lowered (lean)", recipe.LeanArithmetic),
     ]
 
 
