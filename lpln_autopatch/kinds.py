@@ -21,7 +21,11 @@ from lpln_autopatch.exchange import stock_code
 from lpln_autopatch.form import Form
 from lpln_autopatch.recognition import Failed, recognise
 from lpln_autopatch.stand_in import EVERY_MODULES, NotANorm, Opaque, Shape
-from lpln_autopatch.torch_compat import is_dynamo_compiling, never_a_frame_of_its_own
+from lpln_autopatch.torch_compat import (
+    DYNAMO_TELLS_FLOATS,
+    is_dynamo_compiling,
+    never_a_frame_of_its_own,
+)
 
 TRIAL = "a trial"
 """Why calls are stock that a forward makes while it is tried."""
@@ -139,7 +143,7 @@ def describe(value: object) -> Any:
     """Return what tells `value` from other ones that a forward may read."""
     if isinstance(value, torch.Tensor):
         return Shape, tuple(value.shape)
-    if isinstance(value, float) and is_dynamo_compiling():
+    if isinstance(value, float) and DYNAMO_TELLS_FLOATS and is_dynamo_compiling():
         # Dynamo makes a symbol of a float that has changed.
         return torch.fx.experimental.symbolic_shapes.guard_scalar(value)
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):

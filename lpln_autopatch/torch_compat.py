@@ -79,6 +79,9 @@ GRAPHS_GUARD_ON_CODE = TORCH_VERSION >= (2, 12)
 # until torch 2.15: what was once compiled under `caching_precompile` cannot be compiled without.
 PRECOMPILATION_CAN_BE_LEFT = TORCH_VERSION >= (2, 15)
 
+# until torch 2.9: Dynamo does not tell the value of a float that it has made a symbol of.
+DYNAMO_TELLS_FLOATS = TORCH_VERSION >= (2, 9)
+
 # until torch 2.13: Inductor takes a cast to low precision and back out of the graph.
 GRAPHS_KEEP_ROUNDED_INPUTS = TORCH_VERSION >= (2, 13)
 
@@ -90,7 +93,6 @@ CPU_TAKES_MIXED_DTYPES = TORCH_VERSION >= (2, 2)
 
 # until torch 1.13: LayerNorm on CUDA has no bfloat16 kernel.
 CUDA_NORMALISES_BFLOAT16 = TORCH_VERSION >= (1, 13)
-
 
 if TORCH_VERSION >= (2, 1):
     is_dynamo_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
@@ -104,15 +106,13 @@ else:  # until torch 2.1: Dynamo had no public flag, and inlined no module of to
     is_compiling = is_dynamo_compiling
 
 # until torch 2.7: it cannot be asked
-is_exporting: Callable[[], bool]
-is_exporting = getattr(getattr(torch, "compiler", None), "is_exporting", lambda: False)
+is_exporting: Callable[[], bool] = getattr(getattr(torch, "compiler", 0), "is_exporting", bool)
 
 
 def run_while_compiling(function: _F) -> _F:
     """Make Dynamo call `function` for real while it traces, and take its result as a constant.
 
-    What `torch.compiler.assume_constant_result` does, less the seconds that importing Dynamo
-    takes in a program that never compiles.
+    What `torch.compiler.assume_constant_result` does, less the seconds that importing Dynamo takes.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -596,7 +596,7 @@ def test_note_advises_what_it_knows():
 
 def test_notebook_shows_tables():
     """A cell for each value, escaped; what stands below the table too."""
-    model = torch.nn.Sequential(torch.nn.LayerNorm(8), exempt(torch.nn.LayerNorm(8)))
+    model = torch.nn.Sequential(exempt(torch.nn.LayerNorm(8)), torch.nn.LayerNorm(8))
     shown = lowered_report(model)._repr_html_()
     assert shown.startswith("<table>\n<tr><th ")
     for cell in ("name", "layer_norm", "bfloat16", "yes", "exempt"):

@@ -339,7 +339,8 @@ def test_saved_model_whose_backend_is_missing_is_normalised_natively(layer_norm,
     assert results == [
         ["torch.bfloat16 1", ""],
         ["[]", "torch.bfloat16 1", ""],
-        ["['RuntimeWarning']", "torch.bfloat16 0", ""],
+        # Before torch 2.6 `fused` needs no Triton: it is native there.
+        ["['RuntimeWarning']" if TORCH_VERSION >= (2, 6) else "[]", "torch.bfloat16 0", ""],
     ]
 
 
