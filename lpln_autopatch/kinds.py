@@ -39,6 +39,7 @@ Values = tuple[Any, ...]
 """What a module holds under the names that its forward reads, as `describe` gives it."""
 
 _Kind = tuple[type, Values]
+_MOST_KINDS = 256  # of one forward
 
 
 class Forward:
@@ -94,6 +95,8 @@ class Forward:
         return result if isinstance(result, Form) else str(result)
 
     def _try(self, key: _Kind) -> dict[int, Form | NotANorm]:
+        if len(self._found) >= _MOST_KINDS:  # a number changes at each call: no time for trials
+            return dict.fromkeys(range(1, 6), NotANorm("it has too many kinds"))
         try:
             found = in_a_thread(lambda: self._recognise(*key))
         except NotANorm as error:

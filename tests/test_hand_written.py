@@ -439,6 +439,23 @@ def test_trial_takes_little_and_is_made_once():
     assert tried[0] < 0.15
 
 
+def test_number_that_changes_all_the_time_ends_the_trials(monkeypatch):
+    """A forward with too many kinds is stock from then on; what is known stays known."""
+    monkeypatch.setattr(kinds, "_MOST_KINDS", 3)
+
+    class AnnealedRMSNorm(Norm):
+        def forward(self, x):
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+    module, x = AnnealedRMSNorm(), torch.randn(4, 8)
+    with by_hand():
+        dtypes = []
+        for eps in (1e-3, 1e-4, 1e-5, 1e-6, 1e-3):
+            module.eps = eps
+            dtypes.append(run(module, x).dtype)
+    assert dtypes == [BF16, BF16, BF16, FP32, BF16]
+
+
 def test_verdict_of_a_trial_that_failed_is_not_kept():
     """What raised for a reason of the moment is tried again at the next call."""
     moment = [MemoryError("of the moment")]
