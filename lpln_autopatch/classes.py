@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import threading
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +13,18 @@ import torch
 
 from lpln_autopatch import hand_written, kinds
 from lpln_autopatch.exchange import Exchange
+
+# Classes are made in several threads at once.
+_lock = threading.RLock()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Classes:
@@ -47,17 +61,18 @@ class Classes:
         function = kinds.candidate(cls)
         if function is None:
             return
-        exchange = self._exchanges.get(function)
-        if exchange is None:
-            name = f"_lpln_autopatch_forward_{len(self._exchanges)}"
-            replace = functools.partial(hand_written.replacement, function)
-            exchange = Exchange(lambda: function, name, replace)
-            exchange.prepare()
-            exchange = self._exchanges.setdefault(function, exchange)
-        if exchange.runs is not exchange.replacement:
-            exchange.run(exchange.replacement)
-        if not self._is_on:  # since another thread has switched it off
-            exchange.run(None)
+        with _lock:
+            exchange = self._exchanges.get(function)
+            if exchange is None:
+                name = f"_lpln_autopatch_forward_{len(self._exchanges)}"
+                replace = functools.partial(hand_written.replacement, function)
+                exchange = Exchange(lambda: function, name, replace)
+                exchange.prepare()
+                self._exchanges[function] = exchange
+            if exchange.runs is not exchange.replacement:
+                exchange.run(exchange.replacement)
+            if not self._is_on:  # since another thread has switched it off
+                exchange.run(None)
 
     def _watch(self) -> None:
         """Have Python tell of each new class of modules."""

@@ -84,6 +84,7 @@ class Exchange:
             function.__defaults__,
             function.__closure__,
         )
+        stock.__kwdefaults__ = function.__kwdefaults__
         self.replacement = self._replacement_of(stock)
         self.function = function
 

@@ -80,7 +80,10 @@ def is_marked(module: torch.nn.Module) -> bool:
     Dynamo guards on `hasattr`: not on what is missing in a `__dict__` (torch 2.13), nor on what is
     there (2.5 to 2.11).
     """
-    is_one = hasattr(module, MARK) if is_dynamo_compiling() else MARK in module.__dict__
+    if is_dynamo_compiling():
+        is_one = hasattr(module, MARK)
+    else:  # a class may have a __getattribute__ of its own
+        is_one = MARK in object.__getattribute__(module, "__dict__")
     return is_one or isinstance(module, _classes)
 
 

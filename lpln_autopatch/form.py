@@ -91,33 +91,42 @@ def eps_of(form: Form, run: Run) -> float:
     return float(f"{eps:.6g}") if math.isfinite(eps) else 0.0
 
 
+def values_of(form: Form, run: Run) -> Tensor:
+    """Return the output in float64, with what is normalised as the last dimension."""
+    rows = _rows(form, run.x)
+    if form.norm == "layer_norm":
+        rows = rows - rows.mean(-1, keepdim=True)
+    y = rows * (rows.square().mean(-1, keepdim=True) + form.eps).rsqrt() * scale_of(form, run)
+    if form.bias:
+        bias = run.tensors[form.bias]
+        y = y + (bias.flatten() if form.dim == 1 else bias)
+    return y
+
+
 def agrees(form: Form, run: Run) -> bool:
     """Whether float64 gives the values and gradients of the run."""
     x = run.x.detach().double().requires_grad_()
     tensors = {name: t.detach().double().requires_grad_() for name, t in run.tensors.items()}
     exact = run._replace(x=x, tensors=tensors)
-    rows = _rows(form, x)
-    if form.norm == "layer_norm":
-        rows = rows - rows.mean(-1, keepdim=True)
-    rstd = (rows.square().mean(-1, keepdim=True) + form.eps).rsqrt()
-    y = rows * rstd * scale_of(form, exact)
-    if form.bias:
-        bias = tensors[form.bias]
-        y = y + (bias.flatten() if form.dim == 1 else bias)
+    y = values_of(form, exact)
+    with torch.no_grad():
+        rows = _rows(form, x)
+        mean = rows.mean(-1, keepdim=True) if form.norm == "layer_norm" else 0.0
+        rstd = ((rows - mean).square().mean(-1, keepdim=True) + form.eps).rsqrt()
     dy = _rows(form, run.dy)
     gradients = gradients_of(y, dy, [x, *tensors.values()])
     dx = _rows(form, gradients[0])
-    if not _is_near(_rows(form, run.y.detach()), y.detach(), y.detach()):
+    if not is_near(_rows(form, run.y.detach()), y.detach(), y.detach()):
         return False
     # Terms that cancel make dx: what is left of them is compared with what they were.
-    terms = (dy * scale_of(form, run).detach()).abs().amax(-1, keepdim=True) * rstd.detach()
-    return _is_near(_rows(form, run.gradients[0]), dx, terms, 1e-4) and all(
-        _is_near(float32.double(), float64, float64.abs().amax(), 1e-4)
+    terms = (dy * scale_of(form, run).detach()).abs().amax(-1, keepdim=True) * rstd
+    return is_near(_rows(form, run.gradients[0]), dx, terms, 1e-4) and all(
+        is_near(float32.double(), float64, float64.abs().amax(), 1e-4)
         for float32, float64 in zip(run.gradients[1:], gradients[1:], strict=True)
     )
 
 
-def _is_near(given: Tensor, exact: Tensor, size: Tensor, tolerance: float = 1e-5) -> bool:
+def is_near(given: Tensor, exact: Tensor, size: Tensor, tolerance: float = 1e-5) -> bool:
     error = (given - exact).abs()
     limit = size.abs().amax(-1, keepdim=True) if size.ndim else size
     return bool((error <= tolerance * limit).all())

@@ -128,8 +128,10 @@ def _fits(tensor: Tensor, x: Tensor) -> bool:
 
 
 def _form_for(number: int, module: torch.nn.Module, x: Tensor) -> Form | str:
+    if not is_compiling() and _forwards[number].is_overridden(module):
+        return "its module has a method of its own"
     names = _names(number, type(module))
-    values = tuple([kinds.describe(getattr(module, name, None)) for name in names])
+    values = tuple([kinds.describe(getattr(module, name, ...)) for name in names])
     return _form(number, type(module), values, x.ndim)
 
 
@@ -180,9 +182,17 @@ def normalise(
         y = y.movedim(-1, 1)
     if form.strides == "contiguous":
         return y.contiguous()
-    if form.strides == "input" and not _descends(rows.stride()):
-        return torch.empty_like(x, dtype=dtype).copy_(y)
-    return y
+    if form.strides == "last":
+        return y.movedim(form.dim, -1).contiguous().movedim(-1, form.dim)
+    return y if _descends(rows.stride()) else _in_the_order_of(x, y)
+
+
+def _in_the_order_of(x: Tensor, y: Tensor) -> Tensor:
+    """Return y with the order of elements that x has in memory."""
+    if is_compiling():  # strides are symbols, which cannot be sorted
+        return torch.empty_like(x, dtype=y.dtype).copy_(y)
+    order = sorted(range(x.ndim), key=x.stride().__getitem__, reverse=True)
+    return y.permute(order).contiguous().permute([order.index(dim) for dim in range(x.ndim)])
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:

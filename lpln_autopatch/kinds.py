@@ -5,22 +5,21 @@ A kind is a class with the plain values and the shapes of tensors that its forwa
 
 from __future__ import annotations
 
-import dis
 import inspect
 import re
 import threading
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
 from lpln_autopatch import exemption
-from lpln_autopatch.exchange import stock_code
+from lpln_autopatch.bytecode import asks_for_class, methods_called, reads
 from lpln_autopatch.form import Form
 from lpln_autopatch.recognition import Failed, recognise
-from lpln_autopatch.stand_in import EVERY_MODULES, NotANorm, Opaque, Shape
+from lpln_autopatch.stand_in import NotANorm, Opaque, Shape
 from lpln_autopatch.torch_compat import (
     DYNAMO_TELLS_FLOATS,
     is_dynamo_compiling,
@@ -38,7 +37,9 @@ _NAMED_NORM = re.compile(r"(?i:norm)|LN|RMS")
 Values = tuple[Any, ...]
 """What a module holds under the names that its forward reads, as `describe` gives it."""
 
-_Kind = tuple[type, Values]
+_UNINITIALIZED = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)
+_Kind = tuple[type, Values, tuple[type, ...]]
+_LONGEST = 10  # seconds of a trial, which takes milliseconds
 _MOST_KINDS = 256  # of one forward
 
 
@@ -58,6 +59,7 @@ class Forward:
         self._defaults = tuple(p.default for p in further if p.kind in positional)
         self._named = {p.name: p.default for p in further if p.kind is p.KEYWORD_ONLY}
         self._names: dict[type, tuple[str, ...]] = {}
+        self._methods: dict[type, frozenset[str]] = {}
         self._found: dict[_Kind, dict[int, Form | NotANorm]] = {}
         self._calls: Counter[_Kind] = Counter()  # of what raised
 
@@ -76,8 +78,17 @@ class Forward:
         """Return the names that it may read from an instance of `cls`."""
         found = self._names.get(cls)
         if found is None:
-            found = self._names[cls] = tuple(sorted(set(_reads(_own(cls), self.function))))
+            names = set(reads(_own(cls), self.function)) if _reads_as_others(cls) else ()
+            found = self._names[cls] = tuple(sorted(names))
         return found
+
+    def is_overridden(self, module: torch.nn.Module) -> bool:
+        """Return True if `module` has something in the place of a method that is called."""
+        methods = self._methods.get(type(module))
+        if methods is None:
+            methods = frozenset(methods_called(_own(type(module)), self.function))
+            self._methods[type(module)] = methods
+        return not methods.isdisjoint(vars(module))
 
     def form(self, cls: type, values: Values, rank: int) -> Form | str:
         """Return what it computes of an input with `rank` dimensions, or why it is not recognised.
@@ -87,7 +98,7 @@ class Forward:
             values: What the module holds under `names(cls)`.
             rank: The number of dimensions of the input.
         """
-        key = cls, values
+        key = cls, values, tuple(map(type, values))  # 1 and True are equal
         found = self._found.get(key) or self._try(key)
         result = found.get(rank) or NotANorm(f"it is not known for inputs of {rank} dimensions")
         if isinstance(result, Failed) and self._is_time_to_retry(key):
@@ -98,9 +109,12 @@ class Forward:
         if len(self._found) >= _MOST_KINDS:  # a number changes at each call: no time for trials
             return dict.fromkeys(range(1, 6), NotANorm("it has too many kinds"))
         try:
-            found = in_a_thread(lambda: self._recognise(*key))
+            found = in_a_thread(lambda: self._recognise(*key[:2]))
         except NotANorm as error:
             found = dict.fromkeys(range(1, 6), error)
+        except Exception as error:  # of its backward, for example
+            failed = Failed(f"it cannot be tried: {type(error).__name__}: {error}")
+            found = dict.fromkeys(range(1, 6), failed)
         self._found[key] = found
         return found
 
@@ -115,6 +129,10 @@ class Forward:
             raise NotANorm("the name of its class is not that of a norm")
         if inspect.getattr_static(cls, "forward", None) is not self.function:
             raise NotANorm("it is a part of another forward")
+        if not _reads_as_others(cls):
+            raise NotANorm("its class has a __getattr__ of its own")
+        if asks_for_class(_own(cls), self.function):
+            raise NotANorm("it asks for its class")
         state = {n: _revived(v) for n, v in zip(self.names(cls), values, strict=True)}
         return recognise(_own(cls), self.stock, state)
 
@@ -123,6 +141,10 @@ def candidate(cls: type) -> types.FunctionType | None:
     """Return the forward of `cls` if it may be a norm that is written out."""
     function = getattr(cls, "forward", None)
     if not is_named_norm(cls) or type(function) is not types.FunctionType:
+        return None
+    if inspect.getattr_static(cls, "forward", None) is not function:
+        return None  # a partialmethod makes one for each call
+    if "__signature__" in vars(function) or inspect.iscoroutinefunction(function):
         return None
     # PyTorch's own, and what it has decorated: a forward that compiles itself, for example.
     if str(function.__globals__.get("__name__")).startswith(("torch.", "lpln_autopatch.")):
@@ -144,14 +166,17 @@ def is_named_norm(cls: type) -> bool:
 
 def describe(value: object) -> Any:
     """Return what tells `value` from other ones that a forward may read."""
+    if isinstance(value, _UNINITIALIZED):
+        return Opaque, type(value).__name__
     if isinstance(value, torch.Tensor):
         return Shape, tuple(value.shape)
     if isinstance(value, float) and DYNAMO_TELLS_FLOATS and is_dynamo_compiling():
         # Dynamo makes a symbol of a float that has changed.
         return torch.fx.experimental.symbolic_shapes.guard_scalar(value)
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+    if value is None or value is ... or type(value) in (bool, int, float, str, torch.dtype):
         return value
-    if isinstance(value, (tuple, list)):
+    is_plain = type(value) in (tuple, list, torch.Size)
+    if is_plain and isinstance(value, (tuple, list)) and len(value) <= 8:
         return tuple([describe(each) for each in value])
     return Opaque, type(value).__name__
 
@@ -161,51 +186,16 @@ def _own(cls: type) -> type:
     return next((c for c in cls.__mro__ if not c.__module__.startswith("torch.")), cls)
 
 
+def _reads_as_others(cls: type) -> bool:
+    """Return True if reading an attribute of an instance runs no code of the class's own."""
+    names = ("__getattr__", "__getattribute__")
+    return all(getattr(cls, name) is getattr(torch.nn.Module, name) for name in names)
+
+
 def _revived(value: Any) -> Any:
     if isinstance(value, tuple) and value and value[0] in (Shape, Opaque):
         return value[0](value[1])
     return value
-
-
-def _reads(cls: type, function: Callable[..., Any]) -> Iterator[str]:
-    """Yield the attributes of itself that `function`, or a method that it calls, names.
-
-    What it reads in another way is noticed when it is tried.
-    """
-    pending, seen = [function], set()
-    while pending:
-        unwrapped = inspect.unwrap(pending.pop())
-        if not isinstance(unwrapped, types.FunctionType) or unwrapped in seen:
-            continue
-        seen.add(unwrapped)
-        code = stock_code(unwrapped)
-        for name in _attributes_of_self(code):
-            found = inspect.getattr_static(cls, name, None)
-            found = found.fget if isinstance(found, property) else found
-            if isinstance(found, types.FunctionType):
-                pending.append(found)
-            elif name not in EVERY_MODULES and not callable(found):
-                yield name
-        # `super().forward(x)` and `Base.forward(self, x)`: any method of that name.
-        methods = (vars(c).get(name) for c in _bases(cls) for name in code.co_names)
-        pending += [method for method in methods if isinstance(method, types.FunctionType)]
-
-
-def _bases(cls: type) -> Iterator[type]:
-    return (c for c in cls.__mro__ if c not in (torch.nn.Module, object))
-
-
-def _attributes_of_self(code: types.CodeType) -> Iterator[str]:
-    first = code.co_varnames[:1]
-    itself = False  # whether the instruction before has loaded self
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "EXTENDED_ARG":
-            continue
-        value = instruction.argval
-        if itself and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            yield value
-        last = value[-1:] if isinstance(value, tuple) else (value,)  # Python 3.13 loads two at once
-        itself = instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and last == first
 
 
 def in_a_thread(function: Callable[[], _T]) -> _T:
@@ -224,7 +214,9 @@ def in_a_thread(function: Callable[[], _T]) -> _T:
         thread.start()
     except RuntimeError as error:  # no more threads, or Python is about to end
         raise Failed(f"it could not be tried: {error}") from None
-    thread.join()
+    thread.join(_LONGEST)
+    if thread.is_alive():  # it may wait for something that this thread holds, as a lock of imports
+        raise NotANorm(f"it takes more than {_LONGEST} s")
     if errors:
         raise errors[0]
     return results[0]

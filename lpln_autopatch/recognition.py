@@ -7,16 +7,24 @@ training and in evaluation mode, and NaN and inf where those give them.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lpln_autopatch.form import Form, Run, agrees, eps_of, every_form, gradients_of, scale_of
-from lpln_autopatch.stand_in import NotANorm, Shape, StandIn, State, resized, sizes_in
+from lpln_autopatch import form as forms
+from lpln_autopatch.form import Form, Run, agrees, every_form, is_near, scale_of
+from lpln_autopatch.stand_in import (
+    NotANorm,
+    Shape,
+    StandIn,
+    State,
+    generators_kept,
+    resized,
+    sizes_in,
+)
 
 
 class Failed(NotANorm):
@@ -37,10 +45,12 @@ def recognise(cls: type, forward: Callable[..., Any], state: State) -> dict[int,
         NotANorm: it is neither RMSNorm nor LayerNorm, whatever its input.
     """
     shapes = {name: value for name, value in state.items() if isinstance(value, Shape)}
+    if any(math.prod(shape[:-1]) > 1024 for shape in shapes.values()):
+        raise NotANorm("its tensors have too many rows")
     if len(shapes) > 2:
         raise NotANorm(f"it reads more than two tensors: {', '.join(shapes)}")
     results: list[dict[int, Form | NotANorm]] = []
-    with _generator_kept():
+    with generators_kept():
         for size in sizes_in(state):
             results.append(_recognise(_Trials(cls, forward, state, size)))
             if any(isinstance(result, Form) for result in results[-1].values()):
@@ -62,16 +72,6 @@ def _recognise(trials: _Trials) -> dict[int, Form | NotANorm]:
         except NotANorm as error:
             found.setdefault(rank, error)
     return found
-
-
-@contextlib.contextmanager
-def _generator_kept() -> Iterator[None]:
-    before = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        if not torch.equal(before, torch.get_rng_state()):  # by a dropout
-            torch.set_rng_state(before)
 
 
 # The numbers of dimensions with what is normalised; the likeliest first.
@@ -109,14 +109,21 @@ class _Trials:
                 if size == self._size or not self._size:
                     raise
                 continue  # a class may know its size, and refuse any other
+            if dim == 1 and any(t.numel() not in (1, size) for t in tensors.values()):
+                raise NotANorm("its tensors are no scales of what is normalised")
             candidates = candidates or every_form(run, dim, self._size)
             if rank > 1 and (self._size or not strides):  # eps may depend on the size
-                candidates = [form._replace(eps=eps_of(form, run)) for form in candidates]
+                candidates = [form._replace(eps=forms.eps_of(form, run)) for form in candidates]
             candidates = [form for form in candidates if agrees(form, run)]
             if not candidates:
                 raise NotANorm("its values or gradients are not those of RMSNorm or LayerNorm")
             if not known:
                 self._check_specials(module, run, rank, candidates[0])
+            if scale == 1.0 and not known:  # float16 holds what comes out
+                self._check_dtypes(module, run, candidates[0])
+            with torch.no_grad():
+                if not torch.allclose(self._call(module, run.x), run.y, 1e-5, 0.0, True):
+                    raise NotANorm("its values depend on the mode, or on chance")
             strides = self._strides(module, rank, dim, size)
             if known:
                 return known[0]._replace(strides=strides)
@@ -125,6 +132,8 @@ class _Trials:
     def _trials(self, known: Sequence[Form]) -> list[tuple[int, bool, float]]:
         """Return sizes, modes, and scales of the tensors. Its own size comes last."""
         trials = [(8, True, 1.0), (12, False, 3e4)]
+        if not self._size and not known:
+            trials.append((4096, True, 1.0))  # where a row with one large value has xhat = 64
         return [*trials[len(known) :], *[(self._size, True, 1.0)] * bool(self._size)]
 
     def _module(self, size: int, training: bool, scale: float) -> tuple[StandIn, dict[str, Tensor]]:
@@ -154,6 +163,7 @@ class _Trials:
         rows = self._random(math.prod(batch), size)
         for row, scale in zip(rows, _SCALES, strict=False):
             row *= scale if zeros or scale else 1.0
+        rows[6:7, 0] *= 1e3 * size  # one value that is larger than the rest of its row
         if specials:
             for row, value in zip(rows, (math.nan, 0.0, math.inf, -math.inf), strict=False):
                 row[0] = value
@@ -182,10 +192,25 @@ class _Trials:
         if not y.requires_grad:
             raise NotANorm("its output has no gradient")
         dy = self._random(*x.shape)
-        gradients = gradients_of(y, dy, [x, *tensors.values()])
+        gradients = forms.gradients_of(y, dy, [x, *tensors.values()])
         if any(gradient is None for gradient in gradients):
             raise NotANorm("a tensor that it reads gets no gradient")
         return Run(x, y, tensors, dy, gradients)
+
+    @torch.no_grad()
+    def _check_dtypes(self, module: StandIn, run: Run, form: Form) -> None:
+        """Check that it computes the same of a low-precision x, as far as it takes one."""
+        for dtype in (torch.bfloat16, torch.float16):
+            x = self._random(*run.x.shape).to(dtype)
+            try:
+                y = module.run(self._forward, x)
+            except NotANorm:
+                raise
+            except Exception:  # stock has no kernel for it, or refuses it
+                continue
+            exact = forms.values_of(form, run._replace(x=x))
+            if not is_near(y.double().movedim(form.dim, -1), exact, exact, 0.05):
+                raise NotANorm(f"it computes something else of {dtype}")
 
     @torch.no_grad()
     def _check_specials(self, module: StandIn, run: Run, rank: int, form: Form) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import inspect
 import math
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +35,7 @@ def sizes_in(state: State) -> list[int]:
     found = [0]
     for value in state.values():
         last = value[-1] if isinstance(value, tuple) and value else value
-        if isinstance(last, float) and last > 0:
+        if isinstance(last, float) and 1e-3 < last < 1e3:
             last = next((round(n) for n in (last**2, last**-2) if _is_close(n, round(n))), 0)
         if type(last) is int and 1 < last <= 2**16 and last not in found:
             found.append(last)
@@ -60,6 +63,18 @@ def _resized(value: Any, size: int, new: int) -> Any:
     return value
 
 
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Undo what a forward draws inside."""
+    before, pythons = torch.get_rng_state(), random.getstate()
+    try:
+        yield
+    finally:
+        if not torch.equal(before, torch.get_rng_state()):
+            torch.set_rng_state(before)
+        random.setstate(pythons)
+
+
 class NotANorm(Exception):
     """Why a forward is not recognised."""
 
@@ -84,14 +99,13 @@ class StandIn:
         self._cls, self._state = cls, state
         self._why = ""
         self._module: Any = object.__new__(self._watched())
-        torch.nn.Module.__init__(self._module)
-        found: dict[str, Any] = self._module.__dict__
-        found["training"] = training
-        found["_parameters"].update(tensors)
-        plain = {n: v for n, v in state.items() if not isinstance(v, (Shape, Opaque))}
-        # A data descriptor of the class goes before what is found here.
-        found.update(plain)
-        self._before = dict(found)
+        # Without what every module has besides: no norm looks into its dict of parameters.
+        plain = {
+            n: v for n, v in state.items() if v is not ... and not isinstance(v, (Shape, Opaque))
+        }
+        self._before = {"training": training, **tensors, **plain}
+        self._tensors = list(tensors.values())
+        object.__getattribute__(self._module, "__dict__").update(self._before)
 
     def run(self, forward: Any, x: Tensor) -> Any:
         """Return what `forward` gives for `x`.
@@ -100,18 +114,18 @@ class StandIn:
             NotANorm: it reads what is not in the state, or stores something on the module.
             Exception: what it raises.
         """
-        versions = [t._version for t in (x, *self._module._parameters.values())]
+        before = [t.detach().clone() for t in (x, *self._tensors)]  # `.data` counts no versions
         try:
             y = forward(self._module, x)
         except _Stopped:
             raise NotANorm(self._why) from None
         if self._why:
             raise NotANorm(self._why)
-        found = vars(self._module)
+        found = object.__getattribute__(self._module, "__dict__")
         same = found.keys() == self._before.keys() and all(
             found[name] is value for name, value in self._before.items()
         )
-        if not same or versions != [t._version for t in (x, *self._module._parameters.values())]:
+        if not same or not all(map(_are_equal, before, (x, *self._tensors))):
             raise NotANorm("it changes its module or its input")
         return y
 
@@ -123,34 +137,39 @@ class StandIn:
         """Return a subclass that refuses what a norm does not do."""
         if any("__init_subclass__" in vars(c) for c in self._cls.__mro__ if not _is_neutral(c)):
             raise NotANorm("its class has __init_subclass__")
+        if type(self._cls) not in (type, abc.ABCMeta):
+            raise NotANorm("its class has a metaclass")
 
         def read(module: Any, name: str) -> Any:
             if isinstance(self._state.get(name), Opaque):
                 self._stop(f"it reads its {name}, a {self._state[name]}")
-            if not (name in self._state or name in EVERY_MODULES or self._is_code(name)):
+            if not (name in self._state or name == "training" or self._is_code(name)):
                 self._stop(f"it reads its {name} in a way that cannot be followed")
             return super(watched, module).__getattribute__(name)
 
         def write(module: Any, name: str, *value: object) -> None:
             self._stop(f"it stores its {name}")
 
+        def missing(module: Any, name: str) -> Any:
+            raise AttributeError(name)
+
+        methods = {"__getattribute__": read, "__getattr__": missing}
+        methods |= {"__setattr__": write, "__delattr__": write}
         # Not a name of a norm: it must not be taken for one.
-        watched: Any = type(self._cls)(
-            "_StandIn",
-            (self._cls,),
-            {"__getattribute__": read, "__setattr__": write, "__delattr__": write},
-        )
+        watched: Any = type(self._cls)("_StandIn", (self._cls,), methods)
         made: type = watched
         return made
 
     def _is_code(self, name: str) -> bool:
         found = inspect.getattr_static(self._cls, name, None)
+        if found is inspect.getattr_static(torch.nn.Module, name, None):
+            return False
         return callable(found) or isinstance(found, (staticmethod, classmethod, property))
+
+
+def _are_equal(before: Tensor, now: Tensor) -> bool:
+    return torch.equal(before.nan_to_num(), now.detach().nan_to_num())
 
 
 def _is_neutral(cls: type) -> bool:
     return cls is torch.nn.Module or cls.__module__ in ("builtins", "typing")
-
-
-EVERY_MODULES = frozenset(dir(torch.nn.Module()))
-"""What each module has."""

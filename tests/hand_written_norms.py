@@ -265,6 +265,72 @@ class SumNorm(Norm):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
+def norm(x, eps=1e-6):
+    return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+
+
+class SequenceNorm(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(8, 8))
+
+    def forward(self, x):
+        return norm(super().forward(x))
+
+
+class DictNorm(Norm):
+    def forward(self, x):
+        return norm(x) * self._parameters["weight"]
+
+
+class DataNorm(Norm):
+    def forward(self, x):
+        self.weight.data.clamp_(-0.5, 0.5)
+        return norm(x) * self.weight
+
+
+class ClassNorm(Norm):
+    def forward(self, x):
+        return norm(x) * self.weight if type(self) is ClassNorm else norm(x)
+
+
+class OutlierNorm(Norm):
+    def __init__(self):
+        super().__init__(256)
+
+    def forward(self, x):
+        return norm(x).clamp(-5, 5) * self.weight
+
+
+class PlainOutlierNorm(nn.Module):
+    def forward(self, x):
+        return norm(x).clamp(-10, 10)
+
+
+class GradientNorm(Norm):
+    def forward(self, x):
+        return norm(x) * self.weight * (1 if torch.is_grad_enabled() else 2)
+
+
+class LowNorm(Norm):
+    def forward(self, x):
+        y = norm(x) * self.weight
+        return y if x.dtype is torch.float32 else y * 2
+
+
+class MissingNorm(Norm):
+    def forward(self, x):
+        return norm(x) * self.weight * (2 if not hasattr(self, "scale") else 1)
+
+
+class RowsNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2000, 8))
+
+    def forward(self, x):
+        return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+
+
 class Rms(Norm):
     """No norm by its name."""
 
@@ -289,5 +355,15 @@ NEAR_MISSES = [
     CountingNorm,
     LoggingNorm,
     HoldingNorm,
+    SequenceNorm,
+    DictNorm,
+    DataNorm,
+    ClassNorm,
+    OutlierNorm,
+    PlainOutlierNorm,
+    GradientNorm,
+    LowNorm,
+    MissingNorm,
+    RowsNorm,
     Rms,
 ]

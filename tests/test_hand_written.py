@@ -99,15 +99,89 @@ def test_near_miss_stays_stock_bit_for_bit(make):
     for training in (True, False):
         module = make().train(training)
         stock = copy.deepcopy(module)
-        x = torch.cat([torch.randn(2, 3, 8), 1e-4 * torch.randn(2, 3, 8)])
+        size = 256 if "Outlier" in make.__name__ else 8
+        x = torch.cat([torch.randn(2, 3, size), 1e-4 * torch.randn(2, 3, size)])
+        x[0, 0, 0] = 1e4
+        inputs = [x, x.bfloat16() if make is not hand_written_norms.SequenceNorm else x]
         torch.manual_seed(0)
-        expected = [run(stock, x) for _ in range(3)]
+        with torch.no_grad():
+            expected = [run(stock, x) for x in inputs for _ in range(3)]
         torch.manual_seed(0)
-        with by_hand():
-            got = [run(module, x) for _ in range(3)]
+        with by_hand(), torch.no_grad():
+            got = [run(module, x) for x in inputs for _ in range(3)]
         for ours, theirs in zip(got, expected, strict=True):
             assert ours.dtype is theirs.dtype
             assert torch.equal(ours, theirs)
+
+
+def test_classes_of_every_kind_are_made_and_run_as_stock():
+    """What cannot be exchanged or tried raises nothing of ours, and stock runs."""
+    norm = hand_written_norms.norm
+
+    with by_hand():
+
+        class PartialNorm(Norm):
+            forward = functools.partialmethod(lambda self, x, k: norm(x), k=1)
+
+        class KeywordNorm(Norm):
+            def forward(self, x, *, gate=None):
+                return norm(x) if gate is None else gate * norm(x)
+
+        class LazyNorm(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.UninitializedParameter()
+
+            def forward(self, x):
+                return norm(x) if nn.parameter.is_lazy(self.weight) else self.weight * norm(x)
+
+        class AttributeNorm(Norm):
+            def __getattr__(self, name):
+                if name not in ("weight", "bias"):
+                    raise KeyError(name)
+                return super().__getattr__(name)
+
+            def forward(self, x):
+                return norm(x) * self.weight
+
+        class NoBackward(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return norm(x)
+
+        class FunctionNorm(Norm):
+            def forward(self, x):
+                return NoBackward.apply(x)
+
+        class MethodNorm(Norm):
+            def scaled(self, x):
+                return norm(x)
+
+            def forward(self, x):
+                return self.scaled(x)
+
+        x = torch.randn(4, 8)
+        with torch.no_grad():
+            for cls in (PartialNorm, LazyNorm, AttributeNorm, FunctionNorm):
+                assert run(cls(), x).dtype is FP32, cls
+            module = MethodNorm()
+            assert run(KeywordNorm(), x).dtype is run(module, x).dtype is BF16
+            module.scaled = lambda x: 3 * norm(x)
+            assert torch.equal(run(module, x), 3 * norm(x))
+
+
+def test_vmap_over_parameters_keeps_strides_without_writing():
+    """An image that is not batched, under weights that are."""
+    module, x = LayerNorm2d(), torch.randn(2, 8, 3, 4)
+
+    def call(weight):
+        return torch.func.functional_call(module, {"weight": weight}, (x,))
+
+    weights = torch.randn(3, 8)
+    with by_hand(), autocast():
+        y = torch.vmap(call)(weights)
+        assert y.dtype is BF16
+        torch.testing.assert_close(y[1], call(weights[1]))
 
 
 def test_forward_that_stores_something_runs_as_often_as_stock():
