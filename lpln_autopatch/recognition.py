@@ -103,7 +103,7 @@ class _Trials:
         candidates, strides = known, ""
         for size, training, scale in self._trials(known):
             try:
-                module, tensors = self._module(size, training, scale)
+                module, twin, tensors = self._modules(size, training, scale)
                 run = self._run(module, tensors, rank, dim, size)
             except Failed:
                 if size == self._size or not self._size:
@@ -122,8 +122,9 @@ class _Trials:
             if scale == 1.0 and not known:  # float16 holds what comes out
                 self._check_dtypes(module, run, candidates[0])
             with torch.no_grad():
-                if not torch.allclose(self._call(module, run.x), run.y, 1e-5, 0.0, True):
-                    raise NotANorm("its values depend on the mode, or on chance")
+                for each in (module, twin):
+                    if not torch.allclose(self._call(each, run.x), run.y, 1e-5, 0.0, True):
+                        raise NotANorm("its values depend on the mode, or on chance")
             strides = self._strides(module, rank, dim, size)
             if known:
                 return known[0]._replace(strides=strides)
@@ -136,7 +137,10 @@ class _Trials:
             trials.append((4096, True, 1.0))  # where a row with one large value has xhat = 64
         return [*trials[len(known) :], *[(self._size, True, 1.0)] * bool(self._size)]
 
-    def _module(self, size: int, training: bool, scale: float) -> tuple[StandIn, dict[str, Tensor]]:
+    def _modules(
+        self, size: int, training: bool, scale: float
+    ) -> tuple[StandIn, StandIn, dict[str, Tensor]]:
+        """Return a module, one in the other mode, and the tensors that both have."""
         state = self._state
         if self._size:
             state = resized(state, self._size, size)
@@ -145,7 +149,8 @@ class _Trials:
             for name, value in state.items()
             if isinstance(value, Shape)
         }
-        return StandIn(self._cls, state, tensors, training), tensors
+        modules = [StandIn(self._cls, state, tensors, mode) for mode in (training, not training)]
+        return modules[0], modules[1], tensors
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu")

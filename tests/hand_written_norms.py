@@ -317,6 +317,11 @@ class LowNorm(Norm):
         return y if x.dtype is torch.float32 else y * 2
 
 
+class ModeNorm(Norm):
+    def forward(self, x):
+        return norm(x, 1e-3 if self.training else 1e-6) * self.weight
+
+
 class MissingNorm(Norm):
     def forward(self, x):
         return norm(x) * self.weight * (2 if not hasattr(self, "scale") else 1)
@@ -363,6 +368,7 @@ NEAR_MISSES = [
     PlainOutlierNorm,
     GradientNorm,
     LowNorm,
+    ModeNorm,
     MissingNorm,
     RowsNorm,
     Rms,
