@@ -47,11 +47,8 @@ PRIVATE_NAMES = {
     "torch.nn.Module.named_children.": [
         Name("torch.nn.Module._modules"),
     ],
-    "None: a module that stands in for another is made without its class's __init__.": [
+    "torch.nn.Module.parameters(recurse=False).": [
         Name("torch.nn.Module._parameters"),
-    ],
-    "None: nothing public tells that a tensor has been changed in place.": [
-        Name("torch.Tensor._version"),
     ],
     "None: a hook is removed by its handle, and a copy of a module has no handles.": [
         Name("torch.nn.Module._forward_pre_hooks"),
