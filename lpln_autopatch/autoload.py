@@ -37,7 +37,7 @@ def _warn_of_mistake() -> None:
 
     from lpln_autopatch.variables import mistake
 
-    if sentence := mistake():
+    if sentence := mistake(asks):
         _warned = True
         print(f"lpln_autopatch: {sentence}", file=sys.stderr)
 

@@ -112,7 +112,7 @@ def _verdict(found: dict[str, Any]) -> str:
 
 def _advice() -> list[str]:
     """What to do about variables that say nothing, or cannot be checked here."""
-    advice = [variables.mistake()]
+    advice = [variables.mistake(autoload.asks)]
     if os.environ.get("LPLN_EXEMPT"):
         advice.append(
             "LPLN_EXEMPT is matched when a program makes its modules: LPLN_SUMMARY=1 names at exit "

@@ -31,8 +31,9 @@ BY_NAME = "LPLN_EXEMPT"
 KEPT = "_lpln_autopatch_not_by_name"
 """The attribute of a module that lost such a mark by a call: it does not get another one."""
 
-# Counts the calls of `mark`, for compiled code: Dynamo does not guard on a module's hooks. A
-# string, because Dynamo may make a symbol of an integer that changes.
+# Counts the changes that Dynamo does not guard on: a module's hooks, and a switch of another thread
+# while it compiles the forward of a class. A string, because Dynamo may make a symbol of an integer
+# that changes.
 changes = "0"
 _has_hooked = False  # Whether `mark` has given hooks to a module that may call a norm itself.
 is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
@@ -114,10 +115,15 @@ def mark(module: nn.Module, exempt: bool | str) -> None:
     _follow()
 
 
-def _follow() -> None:
-    """Have compiled code follow a change."""
+def outdate() -> None:
+    """Outdate the compiled code that guards on `changes`."""
     global changes
     changes = str(int(changes) + 1)
+
+
+def _follow() -> None:
+    """Have compiled code follow a change."""
+    outdate()
     dynamo.note_switch()
     drop_compiled_code_that_cannot_follow()
 

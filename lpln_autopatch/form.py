@@ -104,7 +104,7 @@ def values_of(form: Form, run: Run) -> Tensor:
 
 
 def agrees(form: Form, run: Run) -> bool:
-    """Whether float64 gives the values and gradients of the run."""
+    """Return True if float64 gives the values and gradients of the run."""
     x = run.x.detach().double().requires_grad_()
     tensors = {name: t.detach().double().requires_grad_() for name, t in run.tensors.items()}
     exact = run._replace(x=x, tensors=tensors)

@@ -39,7 +39,7 @@ Values = tuple[Any, ...]
 
 _UNINITIALIZED = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)
 _Kind = tuple[type, Values, tuple[type, ...]]
-_LONGEST = 10  # seconds of a trial, which takes milliseconds
+_LONGEST = 3  # seconds of a trial, which takes milliseconds
 _MOST_KINDS = 256  # of one forward
 
 
@@ -216,7 +216,7 @@ def in_a_thread(function: Callable[[], _T]) -> _T:
         raise Failed(f"it could not be tried: {error}") from None
     thread.join(_LONGEST)
     if thread.is_alive():  # it may wait for something that this thread holds, as a lock of imports
-        raise NotANorm(f"it takes more than {_LONGEST} s")
+        raise Failed(f"it takes more than {_LONGEST} s")
     if errors:
         raise errors[0]
     return results[0]

@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 import wrapt
 from torch.nn.modules import normalization
 
-from lpln_autopatch import dynamo, forward, norms
+from lpln_autopatch import dynamo, exemption, forward, norms
 from lpln_autopatch.classes import Classes
 from lpln_autopatch.exchange import Exchange, is_torchs_own
 from lpln_autopatch.request import Request
@@ -194,4 +194,5 @@ class Patches:
         """Outdate all compiled code that holds a norm."""
         for exchange in self._norms.values():
             exchange.renew()
+        exemption.outdate()  # the forwards of classes
         self.tell_dynamo()

@@ -37,11 +37,11 @@ class Report:
         return sum(row.calls for row in self.rows if row.lowered)
 
     def __str__(self) -> str:
-        table, below = tables.of_report(self)
+        table, below = tables.of_report(self.rows, self.training)
         return f"{tables.text(table)}\n\n{below}"
 
     def _repr_html_(self) -> str:
-        table, below = tables.of_report(self)
+        table, below = tables.of_report(self.rows, self.training)
         return tables.html(table, True, below)
 
 

@@ -72,7 +72,8 @@ def generators_kept() -> Iterator[None]:
     finally:
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
-        random.setstate(pythons)
+        if random.getstate() != pythons:
+            random.setstate(pythons)
 
 
 class NotANorm(Exception):

@@ -158,12 +158,17 @@ def _others() -> str | None:
         for each in gc.get_objects()
         if issubclass(type(each), torch.nn.Module)
         and _norm_of(type(each)) not in asked
-        and any(p is not None and p.grad is not None for p in each._parameters.values())
+        and any(p is not None and p.grad is not None for p in _parameters(each))
     ]
     if not found or not asked:
         return None
     names = ", ".join(sorted(set(found))[:3])
     return f"LPLN_NORMS={asked} leaves {len(found)} modules ({names}) stock; try LPLN_NORMS=all"
+
+
+def _parameters(module: torch.nn.Module) -> list[torch.nn.Parameter | None]:
+    """Return its own; none, if its __init__ has failed."""
+    return list(vars(module).get("_parameters", {}).values())
 
 
 def _norm_of(cls: type) -> str:

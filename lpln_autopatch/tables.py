@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lpln_autopatch.recorder import Recorder, Row
-    from lpln_autopatch.reporting import Report
 
 Table = Sequence[Sequence[str]]
 """Rows of cells."""
@@ -31,15 +30,15 @@ def html(table: Table, has_head: bool, below: str = "") -> str:
     return "\n".join([*lines, "</table>", *(f"<div>{escape(b)}</div>" for b in below.splitlines())])
 
 
-def of_report(report: Report) -> tuple[Table, str]:
-    """Return the table of the norm calls, and what is said below it."""
-    if report.training is None:
-        listed = [(row.name or "(the model)", row.norm, row.reason) for row in report.rows]
+def of_report(rows: Sequence[Row], training: bool | None) -> tuple[Table, str]:
+    """Return the table of a report, and what is said below it."""
+    if training is None:
+        listed = [(row.name or "(the model)", row.norm, row.reason) for row in rows]
         ran = "Nothing was run. Only running tells what is lowered: report(model, *inputs)"
         return [("name", "norm", "reason"), *listed], ran
-    mode = "training" if report.training else "evaluation"
+    mode = "training" if training else "evaluation"
     below = f"The model ran in {mode} mode, and is left in it.\n"
-    return of_rows(report.rows), below + _count(report.rows)
+    return of_rows(rows), below + _count(rows)
 
 
 def of_rows(rows: Sequence[Row]) -> list[Sequence[str]]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-
-from lpln_autopatch import autoload
+from collections.abc import Callable
 
 NAMES = ("LPLN_PRECISION", "LPLN_BACKEND", "LPLN_NORMS", "LPLN_EXEMPT", "LPLN_SUMMARY")
 
 
-def mistake() -> str | None:
-    """Return a sentence about variables that are misspelt or lack LPLN_PRECISION, or None."""
+def mistake(asks: Callable[[str], bool]) -> str | None:
+    """Return a sentence about variables that are misspelt or lack LPLN_PRECISION, or None.
+
+    Args:
+        asks: Says whether a value asks for anything.
+    """
     main, *others = NAMES
     given = [name for name in os.environ if name.startswith("LPLN_")]
-    if main in given and not autoload.is_set():
+    if main in given and not asks(os.environ[main]):
         return None
     for name in given:
         if name not in NAMES:
@@ -23,7 +26,7 @@ def mistake() -> str | None:
             meant = get_close_matches(name.removeprefix("LPLN_"), stems, 1, 0.75)
             if meant:
                 return f"{name} has no effect: did you mean LPLN_{meant[0]}?"
-    alone = [name for name in others if autoload.asks(os.environ.get(name, ""))]
+    alone = [name for name in others if asks(os.environ.get(name, ""))]
     if alone and main not in given:
         verb = "has" if len(alone) == 1 else "have"
         what = f"{' and '.join(alone)} {verb} no effect at this import without {main}"

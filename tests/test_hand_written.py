@@ -641,6 +641,30 @@ def test_compiled_norm_has_the_values_and_gradients_of_eager(make, dtype):
 
 
 @needs_dynamo
+@pytest.mark.parametrize("first", ["stock", "lowered"])
+def test_code_compiled_during_a_switch_follows_from_then_on(first):
+    """It was traced before the switch of another thread, and Dynamo makes its guards after it."""
+    from test_compile import norm_with_pauses
+
+    with by_hand():
+        pass  # from now on
+
+    def enable():
+        lpln.enable("bf16", norms="hand_written")
+
+    def clear():  # the forwards stay exchanged
+        lpln.enable("bf16", norms="group_norm")
+
+    before, meanwhile = (clear, enable) if first == "stock" else (enable, clear)
+    before()
+    compiled, x = norm_with_pauses(meanwhile, norm=LlamaRMSNorm()), torch.randn(4, 8)
+    run(compiled, x)
+    assert run(compiled, x).dtype is (BF16 if first == "stock" else FP32)
+    before()
+    assert run(compiled, x).dtype is (FP32 if first == "stock" else BF16)
+
+
+@needs_dynamo
 def test_layers_of_a_kind_share_a_graph():
     """Compiled one by one, as many layers as there are need two graphs."""
     with by_hand():

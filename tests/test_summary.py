@@ -118,6 +118,7 @@ class LlamaRMSNorm(torch.nn.Module):
     def forward(self, x):
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 model = torch.nn.Sequential(LlamaRMSNorm(), torch.nn.GroupNorm(2, 8))
+unfinished = LlamaRMSNorm.__new__(LlamaRMSNorm)
 if {trains}:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(torch.randn(4, 8)).sum().backward()

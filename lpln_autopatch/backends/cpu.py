@@ -36,7 +36,7 @@ and nothing summed up, and the kernel takes as long as an upcast or less, whatev
 
 
 class _Repeated(threading.local):
-    """Whether this thread runs what will run again with gradients, and must then give the same."""
+    """Marks a thread that runs what will run again with gradients, and must give the same then."""
 
     now = False
 
