@@ -32,8 +32,9 @@ def reads(cls: type, function: Callable[..., Any]) -> Iterator[str]:
 def methods_called(cls: type, function: Callable[..., Any]) -> Iterator[str]:
     """Yield the names of the methods of itself that `function` names."""
     for code in _codes(cls, function):
-        names = _attributes_of_self(code)
-        yield from (name for name in names if callable(inspect.getattr_static(cls, name, None)))
+        for name in _attributes_of_self(code):
+            if isinstance(inspect.getattr_static(cls, name, None), types.FunctionType):
+                yield name
 
 
 def asks_for_class(cls: type, function: Callable[..., Any]) -> bool:

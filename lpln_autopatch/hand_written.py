@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lpln_autopatch import exemption, exporting, forward, kinds
-from lpln_autopatch.backends import native
 from lpln_autopatch.backends.autograd import DTYPES
-from lpln_autopatch.backends.protocol import Affine
 from lpln_autopatch.exemption import is_marked, run_stock
 from lpln_autopatch.form import Form
-from lpln_autopatch.forward import HAND_WRITTEN, decide, run_backend
+from lpln_autopatch.forward import HAND_WRITTEN, decide
+from lpln_autopatch.normalise import normalise
 from lpln_autopatch.torch_compat import (
     is_compiling,
     is_dynamo_compiling,
@@ -131,11 +131,19 @@ def _fits(tensor: Tensor, x: Tensor) -> bool:
 
 
 def _form_for(number: int, module: torch.nn.Module, x: Tensor) -> Form | str:
-    if not is_compiling() and _forwards[number].is_overridden(module):
-        return "its module has a method of its own"
+    for name in _methods(number, type(module)):
+        if _is_own(module, name):
+            return f"its module has a {name} of its own"
     names = _names(number, type(module))
     values = tuple([kinds.describe(getattr(module, name, ...)) for name in names])
     return _form(number, type(module), values, x.ndim)
+
+
+def _is_own(module: torch.nn.Module, name: str) -> bool:
+    """Return True if `module` has something of its own in the place of a method."""
+    if is_dynamo_compiling():  # it does not guard on what is missing in a `__dict__`
+        return type(getattr(module, name)) is not types.MethodType
+    return name in vars(module)
 
 
 @run_while_compiling
@@ -144,105 +152,14 @@ def _names(number: int, cls: type) -> tuple[str, ...]:
 
 
 @run_while_compiling
+def _methods(number: int, cls: type) -> tuple[str, ...]:
+    return _forwards[number].methods(cls)
+
+
+@run_while_compiling
 def _form(number: int, cls: type, values: kinds.Values, rank: int) -> Form | str:
     return _forwards[number].form(cls, values, rank)
 
 
-def normalise(
-    lowering: forward.Lowering, module: torch.nn.Module, x: Tensor, form: Form, dtype: torch.dtype
-) -> Tensor:
-    """Normalise `x` as `form` says, in `dtype`.
-
-    Args:
-        lowering: How calls are lowered now.
-        module: Has the weight and the bias.
-        x: Input, of the number of dimensions that the form is for; float32, float16 or bfloat16.
-        form: What the forward of the module computes.
-        dtype: The autocast dtype.
-
-    Returns:
-        Tensor of the shape of x, in dtype, with the strides that the forward gives.
-    """
-    weight = getattr(module, form.weight) if form.weight else None
-    bias = getattr(module, form.bias) if form.bias else None
-    if weight is not None and form.adds_one:
-        weight = weight.float() + 1
-    rows = x
-    if form.dim == 1:
-        rows = x.movedim(1, -1)
-        weight, bias = _flat(weight), _flat(bias)
-    size = (rows.shape[-1],)
-    operator = _operator(form.norm, size, weight, bias)
-    if dtype is torch.float16:
-        # Not rounded first: residual streams as T5's hold values that float16 does not.
-        whole = operator or _OPERATORS[form.norm]
-        y = native.lower_in_float32(whole, rows, size, weight, bias, form.eps, dtype)
-    elif operator is None:
-        y = run_backend(lowering, form.norm, rows, size, weight, bias, form.eps, dtype)
-    else:
-        y = native.lower(operator, rows, size, weight, bias, form.eps, dtype)
-    if form.dim == 1:
-        y = y.movedim(-1, 1)
-    if form.strides == "contiguous":
-        return y.contiguous()
-    if form.strides == "last":
-        return y.movedim(form.dim, -1).contiguous().movedim(-1, form.dim)
-    return y if _descends(rows.stride()) else _in_the_order_of(x, y)
-
-
-def _in_the_order_of(x: Tensor, y: Tensor) -> Tensor:
-    """Return y with the order of elements that x has in memory."""
-    if is_compiling():  # strides are symbols, which cannot be sorted
-        return torch.empty_like(x, dtype=y.dtype).copy_(y)
-    order = sorted(range(x.ndim), key=x.stride().__getitem__, reverse=True)
-    return y.permute(order).contiguous().permute([order.index(dim) for dim in range(x.ndim)])
-
-
-def _flat(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None else tensor.flatten()
-
-
-def _descends(strides: Sequence[int]) -> bool:
-    """Return True if contiguous output has its elements in the same order."""
-    return all(strides[at - 1] >= strides[at] for at in range(1, len(strides)))
-
-
-def _operator(
-    norm: str, size: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
-) -> native.Operator | None:
-    """Return an operator for what no backend takes, or None.
-
-    That is an RMSNorm with a bias, and tensors that broadcast: one number, or some for each head.
-    """
-    if any(t is not None and t.shape != size for t in (weight, bias)):
-        return _scaled_layer_norm if norm == "layer_norm" else _scaled_rms_norm
-    return _rms_norm if norm == "rms_norm" and bias is not None else None
-
-
-def _rms_norm(x: Tensor, shape: Sequence[int], weight: Affine, bias: Affine, eps: float) -> Tensor:
-    y = torch.rms_norm(x, shape, weight, eps)
-    return y if bias is None else y + bias
-
-
-_OPERATORS: dict[str, native.Operator] = {"layer_norm": torch.layer_norm, "rms_norm": _rms_norm}
-
-
-def _scaled_layer_norm(
-    x: Tensor, shape: Sequence[int], weight: Affine, bias: Affine, eps: float
-) -> Tensor:
-    return _scaled(torch.layer_norm(x, shape, None, None, eps), weight, bias)
-
-
-def _scaled_rms_norm(
-    x: Tensor, shape: Sequence[int], weight: Affine, bias: Affine, eps: float
-) -> Tensor:
-    return _scaled(torch.rms_norm(x, shape, None, eps), weight, bias)
-
-
-def _scaled(y: Tensor, weight: Affine, bias: Affine) -> Tensor:
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
-
-
-for _function in (decide_form, normalise, _flat, _descends, _operator, _rms_norm, _fits, _scaled):
+for _function in (decide_form, _form_for, _is_own, _fits):
     never_a_frame_of_its_own(_function)

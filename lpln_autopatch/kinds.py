@@ -59,7 +59,7 @@ class Forward:
         self._defaults = tuple(p.default for p in further if p.kind in positional)
         self._named = {p.name: p.default for p in further if p.kind is p.KEYWORD_ONLY}
         self._names: dict[type, tuple[str, ...]] = {}
-        self._methods: dict[type, frozenset[str]] = {}
+        self._methods: dict[type, tuple[str, ...]] = {}
         self._found: dict[_Kind, dict[int, Form | NotANorm]] = {}
         self._calls: Counter[_Kind] = Counter()  # of what raised
 
@@ -82,13 +82,13 @@ class Forward:
             found = self._names[cls] = tuple(sorted(names))
         return found
 
-    def is_overridden(self, module: torch.nn.Module) -> bool:
-        """Return True if `module` has something in the place of a method that is called."""
-        methods = self._methods.get(type(module))
-        if methods is None:
-            methods = frozenset(methods_called(_own(type(module)), self.function))
-            self._methods[type(module)] = methods
-        return not methods.isdisjoint(vars(module))
+    def methods(self, cls: type) -> tuple[str, ...]:
+        """Return the names of the methods of an instance of `cls` that it may call."""
+        found = self._methods.get(cls)
+        if found is None:
+            names = set(methods_called(_own(cls), self.function))
+            found = self._methods[cls] = tuple(sorted(names))
+        return found
 
     def form(self, cls: type, values: Values, rank: int) -> Form | str:
         """Return what it computes of an input with `rank` dimensions, or why it is not recognised.

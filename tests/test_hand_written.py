@@ -641,6 +641,19 @@ def test_compiled_norm_has_the_values_and_gradients_of_eager(make, dtype):
 
 
 @needs_dynamo
+def test_compiled_code_follows_a_method_of_the_modules_own():
+    """A method that is replaced on the instance, before and after compilation, is what runs."""
+    module, x = GemmaRMSNorm(), torch.randn(4, 8)
+    with by_hand():
+        compiled = torch.compile(module, backend="eager", fullgraph=True)
+        assert run(compiled, x).dtype is BF16
+        module._norm = lambda x: 3 * x
+        assert torch.equal(run(compiled, x), 3 * x * (1 + module.weight))
+        del module._norm
+        assert run(compiled, x).dtype is BF16
+
+
+@needs_dynamo
 @pytest.mark.parametrize("first", ["stock", "lowered"])
 def test_code_compiled_during_a_switch_follows_from_then_on(first):
     """It was traced before the switch of another thread, and Dynamo makes its guards after it."""
