@@ -130,13 +130,15 @@ def _torchs_own(module: types.ModuleType, path: str) -> Any:
     """
     found = wrapt.resolve_path(module, path)[2]
     *_, bottom = wrapt.wrapper_chain(found)
-    candidates: list[Any] = [getattr(bottom, "__func__", bottom)]
+    function = getattr(bottom, "__func__", bottom)
+    if is_torchs_own(function, module, path):
+        return function
     if not inspect.isbuiltin(bottom):
-        # A closure hides what it calls. Every function refers to the globals that it runs in.
-        candidates += gc.get_referrers(vars(module))
-    for candidate in candidates:
-        if is_torchs_own(candidate, module, path):
-            return candidate
+        # A closure hides what it calls. Every function refers to the globals that it runs in. This
+        # looks at every object there is, which takes long.
+        for candidate in gc.get_referrers(vars(module)):
+            if is_torchs_own(candidate, module, path):
+                return candidate
     raise RuntimeError(
         f"{module.__name__}.{path} is {found!r}, which hides PyTorch's own Python function. "
         "lpln_autopatch changes that one: put it back, or enable lpln_autopatch first."

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import pickle
+import textwrap
 import types
 import warnings
 from unittest import mock
@@ -442,6 +443,18 @@ except RuntimeError as error:
 with torch.autocast("cpu", torch.bfloat16):
     print(F.layer_norm(torch.randn(2, 8), (8,)).dtype, original(torch.randn(2, 8), (8,)).dtype)
 """
+
+
+def test_first_activation_looks_through_no_objects():
+    """The collector's search takes 100 ms in all, and is for what a closure hides."""
+    code = """
+        import gc, torch
+        gc.get_referrers = None
+        import lpln_autopatch
+        lpln_autopatch.enable(norms="all")
+        print(lpln_autopatch.status().installed)
+    """
+    assert run_forked("-c", textwrap.dedent(code)).stdout == "True\n"
 
 
 def test_function_that_a_closure_hides_is_found():
