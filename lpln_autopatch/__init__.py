@@ -28,10 +28,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lpln_autopatch.activation import disable, enable, exempt, low_precision_layernorm
-    from lpln_autopatch.in_force import status
-    from lpln_autopatch.precision import NoEffectWarning, Precision
-    from lpln_autopatch.reporting import report
+    from lpln_autopatch._activation import disable, enable, exempt, low_precision_layernorm
+    from lpln_autopatch._precision import NoEffectWarning, Precision
+    from lpln_autopatch._report import report
+    from lpln_autopatch._status import status
     from lpln_autopatch.surgery import (
         LPLayerNorm,
         apply_low_precision_layernorm,
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "precision": "NoEffectWarning Precision",
-    "activation": "disable enable exempt low_precision_layernorm",
-    "in_force": "status",
-    "reporting": "report",
+    "_precision": "NoEffectWarning Precision",
+    "_activation": "disable enable exempt low_precision_layernorm",
+    "_status": "status",
+    "_report": "report",
     "surgery": "LPLayerNorm apply_low_precision_layernorm revert_low_precision_layernorm",
 }
 

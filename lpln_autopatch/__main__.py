@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from lpln_autopatch import __version__, doctor, launcher
+from lpln_autopatch import __version__, _doctor, _launcher
 
 _PROGRAM = "lpln" if Path(sys.argv[0]).stem == "lpln" else "python -m lpln_autopatch"
 
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command that `arguments`, or those of the process, name; return its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["run"]:
-        return launcher.main(arguments[1:], _PROGRAM)
+        return _launcher.main(arguments[1:], _PROGRAM)
     if arguments[:1] == ["bench"]:
         if _PROGRAM == "lpln":  # `python -m` looks for modules in this folder, too
             sys.path.insert(0, "")
@@ -46,9 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # What it imports, backends of other packages too, may print.
     with contextlib.redirect_stdout(sys.stderr):
-        found = doctor.diagnose()
+        found = _doctor.diagnose()
     try:
-        print(json.dumps(found, indent=2) if options.json else doctor.text(found), flush=True)
+        print(json.dumps(found, indent=2) if options.json else _doctor.text(found), flush=True)
     except BrokenPipeError:  # whoever reads, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if found["problem"] is None else 1

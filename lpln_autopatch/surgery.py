@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 
-# TorchScript resolves the names in LayerNorm.forward's source here; see norms.py.
+# TorchScript resolves the names in LayerNorm.forward's source here; see _norms.py.
 import torch.nn.functional as F  # noqa: F401
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from lpln_autopatch.exemption import is_marked
-from lpln_autopatch.forward import INTERCEPTED, decide, run_backend
-from lpln_autopatch.precision import NoEffectWarning, Precision
-from lpln_autopatch.request import Request
-from lpln_autopatch.torch_compat import traced_like_torchs_own
+from lpln_autopatch._exemption import is_marked
+from lpln_autopatch._forward import INTERCEPTED, decide, run_backend
+from lpln_autopatch._precision import NoEffectWarning, Precision
+from lpln_autopatch._request import Request
+from lpln_autopatch._torch_compat import traced_like_torchs_own
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping, Sequence

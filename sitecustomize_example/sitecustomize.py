@@ -26,7 +26,7 @@ class _RefuseTorch:
 def _on_torch_import(torch):
     # Here: lpln_autopatch is imported with torch, not in every Python that starts.
     try:
-        from lpln_autopatch.autoload import on_torch_import
+        from lpln_autopatch._autoload import on_torch_import
     except ImportError as error:
         raise SystemExit(f"LPLN_PRECISION is set, and {error}.") from None
 

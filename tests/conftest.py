@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import lpln_autopatch
-from lpln_autopatch import forward, state
+from lpln_autopatch import _forward, _state
 
 # Without a GPU, Triton's kernels run in its interpreter. Triton reads this when it is imported.
 if not torch.cuda.is_available():
@@ -31,10 +31,10 @@ ORIGINAL_FUNCTIONS = {name: vars(F)[name] for name in FUNCTIONS if name in vars(
 @pytest.fixture(autouse=True)
 def _leave_layernorm_as_it_was() -> Iterator[None]:
     """A test that leaves a norm of torch changed fails, and cannot spoil the next one."""
-    forward._warned.clear()
+    _forward._warned.clear()
     yield
-    open_blocks = list(state._blocks.values())
-    state._blocks.clear()
+    open_blocks = list(_state._blocks.values())
+    _state._blocks.clear()
     lpln_autopatch.disable()
     left = vars(torch.nn.LayerNorm)["forward"]
     left_functions = {name: vars(F)[name] for name in ORIGINAL_FUNCTIONS}

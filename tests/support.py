@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch._torch_compat import TORCH_VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 

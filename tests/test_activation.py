@@ -229,11 +229,11 @@ def test_refused_request_changes_nothing(layer_norm, ask, arguments):
 
 def test_failing_installation_changes_nothing(layer_norm, monkeypatch):
     """If a function cannot be found, the request is forgotten and nothing is exchanged."""
-    from lpln_autopatch import exchange, state
+    from lpln_autopatch import _exchange, _state
 
     where = torch.utils.checkpoint, "no_such_function"
-    broken = exchange.Exchange.of_torch(*where, lambda stock: stock)
-    patches = state._patches()
+    broken = _exchange.Exchange.of_torch(*where, lambda stock: stock)
+    patches = _state._patches()
     monkeypatch.setattr(patches, "_checkpointing", [*patches._checkpointing, broken])
     before = torch.utils.checkpoint.CheckpointFunction.forward.__code__
     for ask in (lpln.enable, low_precision_layernorm().__enter__):
@@ -454,7 +454,7 @@ def test_threads_that_activate_first_share_one_patch():
 
         original, both = torch.nn.functional.layer_norm, threading.Barrier(2, timeout=60)
         block = lpln.low_precision_layernorm("bf16")
-        assert "lpln_autopatch.patch" not in sys.modules
+        assert "lpln_autopatch._patch" not in sys.modules
 
         def work():
             both.wait()
@@ -476,12 +476,12 @@ def test_threads_that_activate_first_share_one_patch():
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_child_forked_while_the_lock_is_held_can_enable(layer_norm):
     """A child does not wait for a lock whose holder does not exist in it."""
-    from lpln_autopatch import state
+    from lpln_autopatch import _state
 
     taken, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with state._lock:
+        with _state._lock:
             taken.set()
             release.wait(30)
 

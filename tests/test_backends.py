@@ -15,12 +15,12 @@ import lpln_autopatch as lpln
 from lpln_autopatch import (
     NoEffectWarning,
     Precision,
+    _torch_compat,
     backends,
     low_precision_layernorm,
-    torch_compat,
 )
+from lpln_autopatch._torch_compat import HAS_RMS_NORM, autocast_dtype
 from lpln_autopatch.backends import apex, native
-from lpln_autopatch.torch_compat import HAS_RMS_NORM, autocast_dtype
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -28,7 +28,7 @@ NVIDIA = """
 CALLS = []
 def record(name, tensors, shape, eps):
     CALLS.append((name, [t.dtype for t in tensors], [tuple(t.shape) for t in tensors], shape, eps))
-    from lpln_autopatch.torch_compat import autocast_dtype
+    from lpln_autopatch._torch_compat import autocast_dtype
     assert autocast_dtype("cpu") is None
     return tensors[0] * 0 + 7
 def fused_layer_norm_affine(input, weight, bias, normalized_shape, eps=1e-6, memory_efficient=False):
@@ -168,7 +168,7 @@ def test_apex_leaves_to_native_what_it_does_not_take(install_apex, layer_norm):
 
 
 @pytest.mark.skipif(
-    torch_compat.TORCH_VERSION < (2, 1), reason="torch.func and its questions; CI has later ones"
+    _torch_compat.TORCH_VERSION < (2, 1), reason="torch.func and its questions; CI has later ones"
 )
 def test_apex_never_gets_what_its_extension_cannot_take(install_apex, layer_norm):
     """Under a functorch transform, fake, or an inference tensor to train on: native."""
@@ -197,7 +197,7 @@ def test_apex_never_gets_what_its_extension_cannot_take(install_apex, layer_norm
 
 def test_old_torch_takes_apex_for_bfloat16(install_apex, monkeypatch):
     """Before torch 1.13, auto is apex where bfloat16 may come; native with a warning without."""
-    monkeypatch.setattr(torch_compat, "CUDA_NORMALISES_BFLOAT16", False)
+    monkeypatch.setattr(_torch_compat, "CUDA_NORMALISES_BFLOAT16", False)
     with pytest.warns(RuntimeWarning, match="NVIDIA apex is not installed"):
         assert backends.automatic(Precision.AMP) == "native"
     install_apex("nvidia")
@@ -327,7 +327,7 @@ def test_variable_chooses_the_backend(third_party):
 
 
 @pytest.mark.skipif(
-    torch_compat.TORCH_VERSION < (2, 5),
+    _torch_compat.TORCH_VERSION < (2, 5),
     reason="torch >= 2.5 loads entry points; CI runs this there",
 )
 @pytest.mark.parametrize(

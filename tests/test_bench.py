@@ -27,13 +27,13 @@ from support import (
     run_python,
 )
 
+from lpln_autopatch._torch_compat import CAN_COUNT, CPU_TAKES_MIXED_DTYPES, TORCH_VERSION
 from lpln_autopatch.bench import call, suites, timing, zoo
 from lpln_autopatch.bench.call import Layer
 from lpln_autopatch.bench.contenders import Contender
 from lpln_autopatch.bench.recipe import ComposerRecipe
 from lpln_autopatch.bench.results import Quartiles, Row, plot, table
 from lpln_autopatch.bench.timing import Entry
-from lpln_autopatch.torch_compat import CAN_COUNT, CPU_TAKES_MIXED_DTYPES, TORCH_VERSION
 
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32

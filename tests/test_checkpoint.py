@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint as early_bound_checkpoint
 
 import lpln_autopatch as lpln
 from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch._torch_compat import CHECKPOINT_RECOMPUTATIONS, TORCH_VERSION
 from lpln_autopatch.backends import cpu
-from lpln_autopatch.torch_compat import CHECKPOINT_RECOMPUTATIONS, TORCH_VERSION
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

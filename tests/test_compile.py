@@ -14,8 +14,8 @@ import wrapt
 from support import NO_CPP, autocast, needs_dynamo, output_dtype, run_python
 
 import lpln_autopatch as lpln
-from lpln_autopatch import NoEffectWarning, dynamo, forward, low_precision_layernorm
-from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch import NoEffectWarning, _dynamo, _forward, low_precision_layernorm
+from lpln_autopatch._torch_compat import TORCH_VERSION
 
 pytestmark = needs_dynamo
 
@@ -178,7 +178,7 @@ def test_warning_that_is_an_error_is_logged_while_compiling(model, caplog):
         warnings.simplefilter("error", NoEffectWarning)
         assert output_dtype(compiled) is FP32
         assert "amp_fp16" in caplog.text
-        forward._warned.clear()
+        _forward._warned.clear()
         with pytest.raises(NoEffectWarning, match="amp_fp16"):
             output_dtype(model)
 
@@ -317,9 +317,9 @@ def test_second_process_hits_the_aot_autograd_cache(tmp_path):
 
 def test_code_that_cannot_follow_is_dropped(model, compile_and_count, monkeypatch):
     """Before torch 2.5, where compiled code has no guard, each change compiles anew."""
-    from lpln_autopatch import torch_compat
+    from lpln_autopatch import _torch_compat
 
-    monkeypatch.setattr(torch_compat, "DYNAMO_TRACES_NORMS", False)
+    monkeypatch.setattr(_torch_compat, "DYNAMO_TRACES_NORMS", False)
     compile_, counter = compile_and_count
     compiled = compile_(model)
     for _ in range(2):
@@ -573,8 +573,8 @@ def test_code_that_cannot_follow_the_first_activation_is_warned_of(model, monkey
     output_dtype(torch.compile(model, backend="eager"))
     with low_precision_layernorm():
         pass
-    monkeypatch.setattr(dynamo, "GRAPHS_GUARD_ON_CODE", False)
-    monkeypatch.setattr(dynamo, "_stock_rules", {})
+    monkeypatch.setattr(_dynamo, "GRAPHS_GUARD_ON_CODE", False)
+    monkeypatch.setattr(_dynamo, "_stock_rules", {})
     with pytest.warns(RuntimeWarning, match=r"torch\.compiler\.reset\(\)"):
         lpln.enable()
     lpln.disable()

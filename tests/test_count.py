@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import SMALL_MODELS, run_forked
 
-from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch._torch_compat import TORCH_VERSION
 
 pytestmark = pytest.mark.skipif(
     TORCH_VERSION < (2, 13), reason="counting needs torch 2.13; CI runs it there"

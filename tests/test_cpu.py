@@ -7,8 +7,8 @@ import torch
 from support import AUTOCAST_DTYPES, autocast
 
 from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch._torch_compat import CPU_TAKES_MIXED_DTYPES
 from lpln_autopatch.backends import cpu, native
-from lpln_autopatch.torch_compat import CPU_TAKES_MIXED_DTYPES
 
 pytestmark = pytest.mark.skipif(
     not CPU_TAKES_MIXED_DTYPES, reason="the mixed kernel is in torch >= 2.2; CI has later ones"

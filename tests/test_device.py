@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lpln_autopatch as lpln
 from lpln_autopatch import low_precision_layernorm
-from lpln_autopatch.torch_compat import HAS_RMS_NORM, TORCH_VERSION
+from lpln_autopatch._torch_compat import HAS_RMS_NORM, TORCH_VERSION
 
 BF16, FP32 = torch.bfloat16, torch.float32
 nn = torch.nn

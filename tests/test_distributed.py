@@ -10,7 +10,7 @@ from support import needs_library, run_python
 
 import lpln_autopatch
 from lpln_autopatch import low_precision_layernorm
-from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch._torch_compat import TORCH_VERSION
 
 pytestmark = [
     pytest.mark.skipif(

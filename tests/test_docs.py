@@ -29,7 +29,7 @@ import pytest
 from support import ROOT, needs_library, run_forked
 
 import lpln_autopatch
-from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch._torch_compat import TORCH_VERSION
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SCRIPTS = Path(sys.executable).parent

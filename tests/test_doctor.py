@@ -14,7 +14,7 @@ from support import A_ROUTE, add_distribution, run_python
 
 import lpln_autopatch
 from lpln_autopatch.__main__ import main
-from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch._torch_compat import TORCH_VERSION
 
 ROUTES = {
     "torch.backends": {},
@@ -301,7 +301,7 @@ def test_mistakes_are_advised_of():
 
 def test_reader_that_has_enough_is_no_error(monkeypatch):
     """`| head`: no traceback, and the exit status is the doctor's."""
-    monkeypatch.setattr("lpln_autopatch.doctor.diagnose", lambda: {"problem": None})
+    monkeypatch.setattr("lpln_autopatch._doctor.diagnose", lambda: {"problem": None})
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as closed:

@@ -7,7 +7,7 @@ import json
 import pytest
 from support import ROOT, run_forked, run_python
 
-from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch._torch_compat import TORCH_VERSION
 
 pytestmark = pytest.mark.skipif(
     TORCH_VERSION < (2, 5), reason="the script's torch.amp.GradScaler is newer; CI runs it there"

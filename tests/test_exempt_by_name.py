@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 
 import lpln_autopatch as lpln
-from lpln_autopatch.exempt_by_name import ByName
-from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch._exempt_by_name import ByName
+from lpln_autopatch._torch_compat import TORCH_VERSION
 
 pytestmark = pytest.mark.skipif(TORCH_VERSION < (2, 0), reason="modules tell since torch 2.0")
 

@@ -16,7 +16,7 @@ from support import autocast, needs_dynamo, output_dtype
 
 import lpln_autopatch as lpln
 from lpln_autopatch import LPLayerNorm, low_precision_layernorm
-from lpln_autopatch.torch_compat import HAS_RMS_NORM, TORCH_VERSION
+from lpln_autopatch._torch_compat import HAS_RMS_NORM, TORCH_VERSION
 
 BF16, FP32 = torch.bfloat16, torch.float32
 nn = torch.nn

@@ -11,7 +11,7 @@ from support import autocast, run_forked
 
 import lpln_autopatch as lpln
 from lpln_autopatch import low_precision_layernorm
-from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch._torch_compat import TORCH_VERSION
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LayerNorm = torch.nn.LayerNorm

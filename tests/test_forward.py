@@ -11,7 +11,7 @@ from torch import fx
 
 import lpln_autopatch as lpln
 from lpln_autopatch import low_precision_layernorm
-from lpln_autopatch.torch_compat import HAS_RMS_NORM, TORCH_VERSION
+from lpln_autopatch._torch_compat import HAS_RMS_NORM, TORCH_VERSION
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 

@@ -220,7 +220,7 @@ for module in pkgutil.walk_packages(lpln_autopatch.__path__, "lpln_autopatch."):
         with contextlib.suppress(ImportError):  # a backend whose library is missing
             importlib.import_module(module.name)
 libraries = ("accelerate", "composer", "lightning", "pytorch_lightning", "timm", "transformers")
-print("lpln_autopatch.forward" in sys.modules, [
+print("lpln_autopatch._forward" in sys.modules, [
     n for n in sys.modules if n in libraries or n.startswith("lpln_autopatch.integrations.")
 ])
 """

@@ -13,9 +13,9 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from lpln_autopatch import low_precision_layernorm
-from lpln_autopatch.backends import autograd, fused, native
+from lpln_autopatch._torch_compat import TORCH_VERSION
+from lpln_autopatch.backends import fused, gradients, native
 from lpln_autopatch.backends.fused import grid
-from lpln_autopatch.torch_compat import TORCH_VERSION
 
 CUDA = torch.cuda.is_available()
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -115,8 +115,8 @@ def assert_right(x, dtype, results, expected):
 def test_float64_parameters_are_not_the_kernels():
     """Native refuses them with PyTorch's own error, and stock: the kernels do not take them."""
     x, weight = torch.randn(4, 8), torch.ones(8)
-    assert autograd.takes(x, (8,), weight, None)
-    assert not autograd.takes(x, (8,), weight.double(), None)
+    assert gradients.takes(x, (8,), weight, None)
+    assert not gradients.takes(x, (8,), weight.double(), None)
 
 
 @runs_kernels

@@ -36,8 +36,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lpln_autopatch as lpln
-from lpln_autopatch import exempt, kinds, low_precision_layernorm, recognition, report
-from lpln_autopatch.torch_compat import DYNAMO_TELLS_FLOATS, HAS_RMS_NORM, TORCH_VERSION
+from lpln_autopatch import exempt, low_precision_layernorm, report
+from lpln_autopatch._hand_written import kinds, recognition
+from lpln_autopatch._torch_compat import DYNAMO_TELLS_FLOATS, HAS_RMS_NORM, TORCH_VERSION
 
 pytestmark = pytest.mark.skipif(
     not HAS_RMS_NORM, reason="hand-written norms are lowered from torch 2.4 on; CI runs later ones"

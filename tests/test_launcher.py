@@ -9,8 +9,8 @@ import sys
 import pytest
 from support import run_python
 
-from lpln_autopatch import launcher
-from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch import _launcher
+from lpln_autopatch._torch_compat import TORCH_VERSION
 
 # Where torch loads no entry points.
 CLOSED = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
@@ -185,15 +185,15 @@ def test_command_has_the_process_and_its_signals():
 
 def test_without_exec_the_exit_status_is_that_of_the_command(monkeypatch):
     """As on Windows: the launcher waits for the command."""
-    monkeypatch.setattr(launcher, "_CAN_EXEC", False)
-    assert launcher.main(["-c", "raise SystemExit(5)"], "lpln") == 5
+    monkeypatch.setattr(_launcher, "_CAN_EXEC", False)
+    assert _launcher.main(["-c", "raise SystemExit(5)"], "lpln") == 5
 
 
 def test_help_lists_every_option(capsys):
     """`lpln run --help` and -h name the options and the variables."""
     for option in ("--help", "-h"):
         with pytest.raises(SystemExit, match="0"):
-            launcher.main([option], "lpln")
+            _launcher.main([option], "lpln")
         shown = capsys.readouterr().out
         for name in ("precision", "backend", "norms", "exempt", "summary"):
             assert f"--{name}" in shown

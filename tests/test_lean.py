@@ -587,7 +587,7 @@ def test_threads_share_a_model():
 
 def test_named_by_every_way(layer_norm):
     """enable, a block, the variable, surgery and the doctor know it."""
-    from lpln_autopatch import backends, doctor
+    from lpln_autopatch import _doctor, backends
 
     lpln.enable(backend="lean")
     assert lpln.status().backend == "lean"
@@ -595,7 +595,7 @@ def test_named_by_every_way(layer_norm):
         y = layer_norm(torch.randn(4, 8))
     assert "FusedNorm" in type(y.grad_fn).__name__
     assert "lean" in backends.names()
-    assert doctor.diagnose()["backends"]["lean"]["usable"]
+    assert _doctor.diagnose()["backends"]["lean"]["usable"]
     code = "import torch, lpln_autopatch; print(lpln_autopatch.status().backend)"
     variables = {"LPLN_PRECISION": "amp", "LPLN_BACKEND": "lean"}
     assert run_python("-c", code, **variables).stdout == "lean\n"

@@ -14,8 +14,8 @@ import torch
 from support import UnderAutocast, autocast
 
 from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch._torch_compat import GRAPHS_KEEP_ROUNDED_INPUTS, HAS_RMS_NORM
 from lpln_autopatch.bench.recipe import ComposerRecipe
-from lpln_autopatch.torch_compat import GRAPHS_KEEP_ROUNDED_INPUTS, HAS_RMS_NORM
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROWS, FEATURES = 64, 128

@@ -10,9 +10,9 @@ import pytest
 import torch
 from support import AUTOCAST_DTYPES, autocast
 
+from lpln_autopatch._torch_compat import TORCH_VERSION, autocast_dtype
 from lpln_autopatch.backends import native
 from lpln_autopatch.bench.recipe import ComposerRecipe
-from lpln_autopatch.torch_compat import TORCH_VERSION, autocast_dtype
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -27,8 +27,8 @@ from support import (
 )
 
 import lpln_autopatch as lpln
-from lpln_autopatch import low_precision_layernorm, norms
-from lpln_autopatch.torch_compat import HAS_RMS_NORM, TORCH_VERSION
+from lpln_autopatch import _norms, low_precision_layernorm
+from lpln_autopatch._torch_compat import HAS_RMS_NORM, TORCH_VERSION
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 nn = torch.nn
@@ -234,8 +234,8 @@ def test_innermost_block_decides_which_norms(x):
         ("layer_norm", ("layer_norm",)),
         (" Group_Norm , layer_norm", ("layer_norm", "group_norm")),
         (["group_norm", "group_norm"], ("group_norm",)),
-        (("all",), norms.NAMES),
-        ("all", norms.NAMES),
+        (("all",), _norms.NAMES),
+        ("all", _norms.NAMES),
     ],
 )
 def test_norms_are_named(value, expected):
@@ -254,7 +254,7 @@ def test_wrong_norms_are_refused(value):
         with pytest.raises(ValueError, match="norms=") as error:
             ask(norms=value)
         assert repr(value) in str(error.value)
-        assert all(name in str(error.value) for name in (*norms.NAMES, "all"))
+        assert all(name in str(error.value) for name in (*_norms.NAMES, "all"))
     assert lpln.status() == before
 
 
@@ -414,7 +414,7 @@ def test_foreign_function_runs_as_it_is(functional, x, theirs, order, monkeypatc
 
 def test_what_runs_takes_the_parameters_of_pytorchs_function():
     """A parameter that a later torch adds fails here, by name."""
-    for name, function in norms.FUNCTIONS.items():
+    for name, function in _norms.FUNCTIONS.items():
         ours, theirs = inspect.signature(function), inspect.signature(getattr(F, name))
         assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
             (p.name, p.kind, p.default) for p in theirs.parameters.values()

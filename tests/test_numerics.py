@@ -10,8 +10,8 @@ from support import AUTOCAST_DTYPES, autocast
 
 import lpln_autopatch
 from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch._torch_compat import TORCH_VERSION
 from lpln_autopatch.bench.recipe import ComposerRecipe
-from lpln_autopatch.torch_compat import TORCH_VERSION
 
 # Two float32 computations differ in their last bits, by this beside the terms of a sum ...
 NOISE = 2e-4

@@ -71,13 +71,13 @@ def test_entry_points():
     """torch's group and autowrapt's lead to the one function."""
     (ours,) = importlib_metadata.entry_points(group="torch.backends", name="lpln_autopatch")
     (autowrapt,) = importlib_metadata.entry_points(group="lpln_autopatch")
-    assert ours.value == autowrapt.value == "lpln_autopatch.autoload:on_torch_import"
+    assert ours.value == autowrapt.value == "lpln_autopatch._autoload:on_torch_import"
     assert autowrapt.name == "torch"
     (command,) = importlib_metadata.entry_points(group="console_scripts", name="lpln")
     assert command.value == "lpln_autopatch.__main__:main"
     for group in ("lightning.pytorch.callbacks_factory", "pytorch_lightning.callbacks_factory"):
         (factory,) = importlib_metadata.entry_points(group=group, name="lpln_autopatch")
-        assert factory.value == "lpln_autopatch.autoload:lightning_callbacks"
+        assert factory.value == "lpln_autopatch._autoload:lightning_callbacks"
 
 
 def test_installed_package_is_what_is_tested():

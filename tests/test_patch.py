@@ -16,8 +16,8 @@ import wrapt
 from support import autocast, needs_dynamo, output_dtype, run_forked
 
 import lpln_autopatch as lpln
-from lpln_autopatch import low_precision_layernorm, norms
-from lpln_autopatch.torch_compat import CHECKPOINT_ENTRIES, CHECKPOINT_RECOMPUTATIONS
+from lpln_autopatch import _norms, low_precision_layernorm
+from lpln_autopatch._torch_compat import CHECKPOINT_ENTRIES, CHECKPOINT_RECOMPUTATIONS
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LayerNorm = torch.nn.LayerNorm
@@ -31,7 +31,7 @@ def checkpoint_functions() -> list[object]:
 
 def functions() -> list[object]:
     """The functions that the package exchanges, as they are in PyTorch now."""
-    named = (getattr(F, name) for name in norms.FUNCTIONS)
+    named = (getattr(F, name) for name in _norms.FUNCTIONS)
     return [*named, inspect.unwrap(LayerNorm.forward), *checkpoint_functions()]
 
 
@@ -45,7 +45,7 @@ def test_functions_are_the_same_objects_at_all_times(how):
             assert all(a is b for a, b in zip(before, functions(), strict=True))
             assert not any(f.__code__ is c for f, c in zip(before, codes, strict=True))
         # Checkpointing remembers what its forwards run under, until disable().
-        ours = len(norms.FUNCTIONS) + 1
+        ours = len(_norms.FUNCTIONS) + 1
         assert all(f.__code__ is c for f, c in zip(before[:ours], codes, strict=False))
         assert vars(LayerNorm)["forward"] is forward
         lpln.disable()
@@ -89,7 +89,7 @@ def test_signature_and_source_are_pytorchs():
     """Names, defaults, keywords, annotations and docstring, while active as otherwise."""
 
     def seen() -> list[object]:
-        exchanged = [getattr(F, name) for name in norms.FUNCTIONS]
+        exchanged = [getattr(F, name) for name in _norms.FUNCTIONS]
         return [
             (inspect.signature(f), inspect.getsource(f), f.__doc__, f.__name__)
             for f in (*exchanged, LayerNorm.forward)
@@ -275,7 +275,7 @@ def test_inactive_process_is_bit_identical(layer_norm):
 
 def test_source_of_our_code_is_found():
     """By inspect, under the file name that begins with torch's: the wrapper's and LPLayerNorm's."""
-    source = inspect.getsource(norms.layer_norm_forward.__code__)
+    source = inspect.getsource(_norms.layer_norm_forward.__code__)
     assert source.startswith("def layer_norm_forward(")
     assert "decide(lowering" in inspect.getsource(lpln.LPLayerNorm.forward.__code__)
 
@@ -314,7 +314,7 @@ def test_traceback_names_both_files(layer_norm):
         layer_norm(torch.randn(4, 7))
     names = [str(entry.path) for entry in error.traceback]
     at = next(i for i, name in enumerate(names) if name.endswith("functional.py"))
-    assert names[at + 1].endswith("lpln_autopatch/norms.py")
+    assert names[at + 1].endswith("lpln_autopatch/_norms.py")
 
 
 PATCHERS = pytest.mark.parametrize("second", [plain, with_wraps, with_wrapt])

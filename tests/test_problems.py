@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from support import ROOT, autocast, run_forked
 
 from lpln_autopatch import exempt, low_precision_layernorm
+from lpln_autopatch._torch_compat import TORCH_VERSION
 from lpln_autopatch.backends import native
-from lpln_autopatch.torch_compat import TORCH_VERSION
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PAGE = (ROOT / "docs" / "problems.md").read_text()

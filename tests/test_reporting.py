@@ -23,8 +23,8 @@ from lpln_autopatch import (
     low_precision_layernorm,
     report,
 )
-from lpln_autopatch.recorder import Row
-from lpln_autopatch.torch_compat import HAS_RMS_NORM, TORCH_VERSION
+from lpln_autopatch._recorder import Row
+from lpln_autopatch._torch_compat import HAS_RMS_NORM, TORCH_VERSION
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

@@ -14,13 +14,13 @@ from support import output_dtype
 
 import lpln_autopatch as lpln
 from lpln_autopatch import (
-    activation,
-    dynamo,
-    exchange,
+    _activation,
+    _dynamo,
+    _exchange,
+    _norms,
+    _patch,
+    _state,
     low_precision_layernorm,
-    norms,
-    patch,
-    state,
 )
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -49,7 +49,7 @@ def test_block_that_the_garbage_collector_closes_in_a_change(layer_norm, what):
         block.__enter__() if what == "block" else getattr(lpln, what)()
 
     def collect_at(frame, event, argument) -> None:
-        if any(frame.f_globals is vars(module) for module in (state, patch, exchange)):
+        if any(frame.f_globals is vars(module) for module in (_state, _patch, _exchange)):
             calls.append(event)
         if len(calls) == position:
             sys.setprofile(None)
@@ -89,7 +89,7 @@ def interrupted_at(position: int, function) -> bool:
     Python looks for signals where a function begins, and behind a call of one written in C. Where
     `__exit__` begins nothing of it has run: no context manager written in Python can help that.
     """
-    ours = [vars(module) for module in (activation, dynamo, exchange, norms, patch, state)]
+    ours = [vars(module) for module in (_activation, _dynamo, _exchange, _norms, _patch, _state)]
     places = 0
 
     def profile(frame, event, argument):
@@ -119,8 +119,8 @@ def lock_is_free() -> bool:
     taken: list[bool] = []
 
     def take() -> None:
-        taken.append(state._lock.acquire(timeout=10))
-        state._lock.release()
+        taken.append(_state._lock.acquire(timeout=10))
+        _state._lock.release()
 
     thread = threading.Thread(target=take)
     thread.start()
@@ -130,12 +130,12 @@ def lock_is_free() -> bool:
 
 def a_block() -> None:
     with low_precision_layernorm("bf16"):
-        assert state.current().source == "block"
+        assert _state.current().source == "block"
 
 
 def an_enabled_block() -> None:
     with lpln.enable("bf16"):
-        assert state.current().source == "enable"
+        assert _state.current().source == "enable"
 
 
 def a_report() -> None:
@@ -167,8 +167,8 @@ def test_interrupt_anywhere_leaves_nothing_half_done(layer_norm, what):
         if what is lpln.disable:
             lpln.enable()
         interrupted = interrupted_at(position, what)
-        assert not state._blocks, position
-        assert state.recorder is None, position
+        assert not _state._blocks, position
+        assert _state.recorder is None, position
         active = lpln.status().precision is not None
         assert lpln.status().installed is active, position
         assert output_dtype(layer_norm) is (BF16 if active else FP32), position

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 from support import needs_dynamo, run_python
 
-from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch._torch_compat import TORCH_VERSION
 
 PROGRAM = """
 import torch

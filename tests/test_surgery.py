@@ -22,7 +22,7 @@ from lpln_autopatch import (
     low_precision_layernorm,
     revert_low_precision_layernorm,
 )
-from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch._torch_compat import TORCH_VERSION
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -202,7 +202,7 @@ print(importer.is_alive(), disabler.is_alive(), lpln.status().precision)
 """
 
 
-@pytest.mark.parametrize("module", ["torch.nn.functional", "lpln_autopatch.patch"])
+@pytest.mark.parametrize("module", ["torch.nn.functional", "lpln_autopatch._patch"])
 def test_disable_while_another_thread_imports_torch(module):
     """With LPLN_PRECISION set, neither waits for the other, and what is asked for last holds."""
     result = run_python(

@@ -14,7 +14,7 @@ import pytest
 from private_names import PRIVATE_NAMES, Name
 
 import lpln_autopatch
-from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch._torch_compat import TORCH_VERSION
 
 PACKAGE = Path(lpln_autopatch.__file__).parent
 SOURCES = {path: path.read_text() for path in PACKAGE.rglob("*.py") if path.parent.name != "bench"}

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 from support import A_ROUTE, ROOT, run_python
 
-from lpln_autopatch.torch_compat import TORCH_VERSION
+from lpln_autopatch._torch_compat import TORCH_VERSION
 
 SITECUSTOMIZE = str(ROOT / "sitecustomize_example")
 HAS_AUTOLOAD = TORCH_VERSION >= (2, 5)
@@ -281,7 +281,7 @@ def test_sitecustomize_does_not_import_torch():
 
 IMPORTED = """
 import sys, torch
-names = ("lpln_autopatch.activation", "wrapt", "importlib_metadata")
+names = ("lpln_autopatch._activation", "wrapt", "importlib_metadata")
 print(*(name in sys.modules for name in names))
 """
 
@@ -334,14 +334,14 @@ def test_barred_module_of_ours_is_no_fault():
         "import lpln_autopatch; lpln_autopatch.enable('bf16')",
         "from lpln_autopatch import enable, status, exempt; enable('bf16')",
         "from lpln_autopatch import low_precision_layernorm as l; l('bf16').__enter__()",
-        "import lpln_autopatch.activation as a; a.enable('bf16')",
+        "import lpln_autopatch._activation as a; a.enable('bf16')",
         "import lpln_autopatch; lpln_autopatch.status()",
         "import lpln_autopatch; lpln_autopatch.Precision('amp')",
         "import lpln_autopatch.backends",
         "from lpln_autopatch.backends import Backend, native",
-        "import lpln_autopatch.patch",
-        "import lpln_autopatch.forward",
-        "import lpln_autopatch.torch_compat",
+        "import lpln_autopatch._patch",
+        "import lpln_autopatch._forward",
+        "import lpln_autopatch._torch_compat",
         "from lpln_autopatch import LPLayerNorm, apply_low_precision_layernorm",
         "from lpln_autopatch import report",
     ],
@@ -458,7 +458,7 @@ sys.meta_path.insert(0, FailsOnce())
 try:
     import torch
 except ImportError as error:
-    print(error, "lpln_autopatch.activation" in sys.modules)
+    print(error, "lpln_autopatch._activation" in sys.modules)
 try:
     import torch
 except ImportError as error:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from importlib_metadata import EntryPoint, entry_points
 
-from lpln_autopatch import torch_compat
+from lpln_autopatch import _torch_compat
+from lpln_autopatch._exemption import run_stock
+from lpln_autopatch._precision import Precision
 from lpln_autopatch.backends import apex, fused, native
 from lpln_autopatch.backends.protocol import Backend as Backend
-from lpln_autopatch.exemption import run_stock
-from lpln_autopatch.precision import Precision
 
 GROUP = "lpln_autopatch.backends"
 """The entry point group of backends that other distributions bring. Each names a `Backend`."""
@@ -110,7 +110,7 @@ def automatic(precision: Precision) -> str:
 
     Except where PyTorch has no bfloat16 LayerNorm on CUDA, before 1.13: apex, as in Composer.
     """
-    if torch_compat.CUDA_NORMALISES_BFLOAT16 or not precision.engages(torch.bfloat16):
+    if _torch_compat.CUDA_NORMALISES_BFLOAT16 or not precision.engages(torch.bfloat16):
         return "native"
     try:
         apex.load()
@@ -126,4 +126,4 @@ def automatic(precision: Precision) -> str:
 
 
 for _function in (_OfAnotherPackage.__call__, _OfAnotherPackage.rms_norm):
-    torch_compat.never_a_frame_of_its_own(_function)
+    _torch_compat.never_a_frame_of_its_own(_function)

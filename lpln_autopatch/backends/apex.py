@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lpln_autopatch.backends import native
-from lpln_autopatch.backends.autograd import can_be_saved
-from lpln_autopatch.backends.protocol import Affine, Backend, Shape
-from lpln_autopatch.torch_compat import (
+from lpln_autopatch._torch_compat import (
     autocast_disabled,
     forward_mode_is_on,
     something_intercepts_operators,
 )
+from lpln_autopatch.backends import native
+from lpln_autopatch.backends.gradients import can_be_saved
+from lpln_autopatch.backends.protocol import Affine, Backend, Shape
 
 _BUILD = (
     "Build it from source: git clone https://github.com/NVIDIA/apex, and in that folder "

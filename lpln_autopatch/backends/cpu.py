@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpln_autopatch.backends import autograd
-from lpln_autopatch.backends.protocol import Affine, Shape
-from lpln_autopatch.torch_compat import (
+from lpln_autopatch._torch_compat import (
     CPU_TAKES_MIXED_DTYPES,
     autocast_disabled,
     forward_mode_is_on,
     never_a_frame_of_its_own,
 )
+from lpln_autopatch.backends import gradients
+from lpln_autopatch.backends.protocol import Affine, Shape
 
 SMALLEST = 1 << 18
 """The elements of the smallest x that is taken where gradients are wanted.
@@ -53,16 +53,16 @@ def takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine, dtype: torch.dt
         and x.dtype is dtype
         and CPU_TAKES_MIXED_DTYPES
         and (
-            x.numel() >= SMALLEST or not (repeated.now or autograd.wants_gradient(x, weight, bias))
+            x.numel() >= SMALLEST or not (repeated.now or gradients.wants_gradient(x, weight, bias))
         )
-        and autograd.takes(x, shape, weight, bias)
-        and autograd.can_be_saved(x)
+        and gradients.takes(x, shape, weight, bias)
+        and gradients.can_be_saved(x)
     )
 
 
 def normalise(x: Tensor, shape: Shape, weight: Affine, bias: Affine, eps: float) -> Tensor:
     """Normalise what `takes` takes."""
-    if autograd.wants_gradient(x, weight, bias):
+    if gradients.wants_gradient(x, weight, bias):
         y: Tensor = _LayerNorm.apply(x, shape, weight, bias, eps)  # type: ignore[no-untyped-call]
         return y
     return _forward(x, shape, weight, bias, eps)[0]
@@ -72,7 +72,7 @@ def _forward(
     x: Tensor, shape: Shape, weight: Affine, bias: Affine, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y in the dtype of x, mean and rstd in float32."""
-    scale, shift = autograd.scale_of(x, shape, weight), None if bias is None else bias.float()
+    scale, shift = gradients.scale_of(x, shape, weight), None if bias is None else bias.float()
     # Outside of autocast, as the other backends: tests put CUDA's lists, which promote it, on CPU.
     with autocast_disabled():
         return torch.native_layer_norm(x, shape, scale, shift, eps)
@@ -100,7 +100,7 @@ class _LayerNorm(torch.autograd.Function):
             # A hook on saved tensors may give x back in another dtype.
             or x.dtype is not dy.dtype
         )
-        run = autograd.backward if as_a_whole else _backward_in_blocks
+        run = gradients.backward if as_a_whole else _backward_in_blocks
         dx, dweight, dbias = run(dy, x, ctx.shape, weight, mean, rstd, wanted)
         return dx, None, dweight, dbias, None
 
@@ -118,11 +118,11 @@ def _backward_in_blocks(
 
     The mixed kernel rounds the gradient of x once. Only the sums over rows need float32.
     """
-    scale = autograd.scale_of(x, shape, weight)
+    scale = gradients.scale_of(x, shape, weight)
     dx = None
     if wanted[0]:
         mask = [True, False, False]
-        dx = autograd.operator(dy, x, shape, mean, rstd, scale, scale, mask)[0]
+        dx = gradients.operator(dy, x, shape, mean, rstd, scale, scale, mask)[0]
     sums: list[Tensor | None] = [None, None]
     if wanted[1] or wanted[2]:
         n = math.prod(shape)
@@ -131,7 +131,7 @@ def _backward_in_blocks(
         rows = max(1, _BLOCK // n)
         blocks = (torch.split(t.reshape(-1, size), rows) for t, size in tensors)
         for block_dy, block_x, block_mean, block_rstd in zip(*blocks, strict=True):
-            parts = autograd.backward(
+            parts = gradients.backward(
                 block_dy, block_x, (n,), row, block_mean, block_rstd, [False, *wanted[1:]]
             )[1:]
             for i, (total, part) in enumerate(zip(sums, parts, strict=True)):

@@ -11,10 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lpln_autopatch.backends import cpu
-from lpln_autopatch.backends.autograd import DTYPES, can_be_saved
-from lpln_autopatch.backends.protocol import Affine, Shape
-from lpln_autopatch.torch_compat import (
+from lpln_autopatch._torch_compat import (
     CUDA_NORMALISES_BFLOAT16,
     GRAPHS_KEEP_ROUNDED_INPUTS,
     autocast_disabled,
@@ -22,6 +19,9 @@ from lpln_autopatch.torch_compat import (
     is_exporting,
     never_a_frame_of_its_own,
 )
+from lpln_autopatch.backends import cpu
+from lpln_autopatch.backends.gradients import DTYPES, can_be_saved
+from lpln_autopatch.backends.protocol import Affine, Shape
 
 Operator = Callable[..., Tensor]
 """A norm as PyTorch has it: of x, its second argument, weight, bias and eps."""

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from lpln_autopatch import low_precision_layernorm
+from lpln_autopatch._torch_compat import CPU_TAKES_MIXED_DTYPES
 from lpln_autopatch.bench import contenders, timing
 from lpln_autopatch.bench.contenders import Contender, relative_error
 from lpln_autopatch.bench.recipe import ComposerRecipe
 from lpln_autopatch.bench.results import Figure, Row, short
 from lpln_autopatch.bench.timing import Entry, Progress
-from lpln_autopatch.torch_compat import CPU_TAKES_MIXED_DTYPES
 
 LEGEND = """\
 M, N     rows, and features of a row; input: the dtype of x

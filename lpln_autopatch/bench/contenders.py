@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpln_autopatch import backends, kinds, low_precision_layernorm
+from lpln_autopatch import backends, low_precision_layernorm
+from lpln_autopatch._exemption import is_marked
+from lpln_autopatch._hand_written import kinds
+from lpln_autopatch._request import parse_norms
 from lpln_autopatch.backends import fused
 from lpln_autopatch.bench.recipe import ComposerGroupNorm, ComposerRecipe
 from lpln_autopatch.bench.results import short
-from lpln_autopatch.exemption import is_marked
-from lpln_autopatch.request import parse_norms
 
 _Passed = TypeVar("_Passed")
 

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from lpln_autopatch import exempt, kinds
+from lpln_autopatch import exempt
+from lpln_autopatch._hand_written import kinds
 from lpln_autopatch.bench import recipe
 from lpln_autopatch.bench.contenders import (
     Contender,

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpln_autopatch.backends import autograd
+from lpln_autopatch._torch_compat import autocast_dtype
+from lpln_autopatch.backends import gradients
 from lpln_autopatch.backends.fused.recovery import WORST_RATIO
-from lpln_autopatch.torch_compat import autocast_dtype
 
 
 class ComposerRecipe(torch.nn.LayerNorm):
@@ -106,7 +106,7 @@ class _RoundedXhat(torch.autograd.Function):
         xhat, weight, rstd = ctx.saved_tensors
         x, mean = xhat.float() / rstd, torch.zeros_like(rstd)  # x, but for its mean
         wanted = (True, True, True)
-        dx, *others = autograd.backward(dy, x, ctx.shape, weight, mean, rstd, wanted)
+        dx, *others = gradients.backward(dy, x, ctx.shape, weight, mean, rstd, wanted)
         return dx, None, *others, None, None
 
 

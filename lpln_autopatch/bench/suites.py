@@ -21,11 +21,11 @@ import torch
 from importlib_metadata import PackageNotFoundError, version
 
 from lpln_autopatch import disable, status
+from lpln_autopatch._request import parse_norms
+from lpln_autopatch._torch_compat import CAN_COUNT
 from lpln_autopatch.bench import results
 from lpln_autopatch.bench.batches import MAKE_BATCH
 from lpln_autopatch.bench.timing import Progress
-from lpln_autopatch.request import parse_norms
-from lpln_autopatch.torch_compat import CAN_COUNT
 
 SUITES = {
     # First: its device has to be there before the first backward.

@@ -7,8 +7,8 @@ import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from lpln_autopatch.activation import low_precision_layernorm
-from lpln_autopatch.precision import Precision
+from lpln_autopatch._activation import low_precision_layernorm
+from lpln_autopatch._precision import Precision
 
 if TYPE_CHECKING:
     import torch

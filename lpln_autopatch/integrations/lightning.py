@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lpln_autopatch._precision import Precision
 from lpln_autopatch.integrations.blocks import Blocks
-from lpln_autopatch.precision import Precision
 
 if TYPE_CHECKING:
     import torch

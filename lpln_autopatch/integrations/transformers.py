@@ -13,8 +13,8 @@ except ImportError as error:
         "Install it: pip install transformers accelerate."
     ) from error
 
+from lpln_autopatch._precision import Precision
 from lpln_autopatch.integrations.blocks import Blocks
-from lpln_autopatch.precision import Precision
 
 if TYPE_CHECKING:
     import torch

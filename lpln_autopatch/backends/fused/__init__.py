@@ -12,14 +12,14 @@ import logging
 import torch
 from torch import Tensor
 
-from lpln_autopatch.backends import autograd, native
-from lpln_autopatch.backends.fused.function import FusedNorm, is_what_lies_in_memory, launcher
-from lpln_autopatch.backends.protocol import Affine, Backend, Shape
-from lpln_autopatch.torch_compat import (
+from lpln_autopatch._torch_compat import (
     TORCH_VERSION,
     never_a_frame_of_its_own,
     something_intercepts_operators,
 )
+from lpln_autopatch.backends import gradients, native
+from lpln_autopatch.backends.fused.function import FusedNorm, is_what_lies_in_memory, launcher
+from lpln_autopatch.backends.protocol import Affine, Backend, Shape
 
 MAX_FEATURES = 65536
 """The longest row that the kernels take, in elements."""
@@ -79,7 +79,7 @@ class Fused:
         centred: bool,
     ) -> Tensor:
         y: Tensor
-        if autograd.wants_gradient(x, weight, bias):
+        if gradients.wants_gradient(x, weight, bias):
             y = FusedNorm.apply(x, weight, bias, len(shape), eps, dtype, centred, self._lean)  # type: ignore[no-untyped-call]
         else:
             y = launcher().forward(x, len(shape), weight, bias, eps, dtype, centred)
@@ -140,8 +140,8 @@ def takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine) -> bool:
         _runs_on(x)
         # A TorchDispatchMode (FakeTensorMode, ...) would not see the kernels.
         and not something_intercepts_operators()
-        and autograd.takes(x, shape, weight, bias)
-        and autograd.can_be_saved(x)
+        and gradients.takes(x, shape, weight, bias)
+        and gradients.can_be_saved(x)
         and is_what_lies_in_memory(x)
         and x.shape[-len(shape) :].numel() <= MAX_FEATURES
         and (weight is None or (weight.is_contiguous() and not weight.is_neg()))

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpln_autopatch.backends import autograd
-from lpln_autopatch.backends.fused import recovery as rules
-from lpln_autopatch.backends.fused.recovery import Recovery
-from lpln_autopatch.backends.protocol import Affine
-from lpln_autopatch.torch_compat import (
+from lpln_autopatch._torch_compat import (
     forward_mode_is_on,
     is_compiling,
     never_a_frame_of_its_own,
     something_intercepts_operators,
 )
+from lpln_autopatch.backends import gradients
+from lpln_autopatch.backends.fused import recovery as rules
+from lpln_autopatch.backends.fused.recovery import Recovery
+from lpln_autopatch.backends.protocol import Affine
 
 _TWICE = (
     "create_graph=True differentiates a norm twice that the backend 'fused' or 'lean' has "
@@ -157,7 +157,7 @@ def _kernels_take(*tensors: Tensor | None) -> bool:
 
 def is_what_lies_in_memory(tensor: Tensor) -> bool:
     """Return False for a subclass, a negative view, a zero without memory, a batch, ..."""
-    if type(tensor) not in autograd.PLAIN:
+    if type(tensor) not in gradients.PLAIN:
         return False
     return torch._C._dispatch_keys(tensor).raw_repr() in _plain_keys(tensor.is_cuda)
 

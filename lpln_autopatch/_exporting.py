@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lpln_autopatch.torch_compat import is_exporting, run_while_compiling
+from lpln_autopatch._torch_compat import is_exporting, run_while_compiling
 
 # Both run for real: Dynamo takes it that it exports whenever code asks (torch 2.9).
 

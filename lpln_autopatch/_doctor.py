@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from lpln_autopatch import autoload, variables
-from lpln_autopatch.precision import Precision
+from lpln_autopatch import _autoload, _variables
+from lpln_autopatch._precision import Precision
 
 VARIABLES = (
-    *variables.NAMES,
+    *_variables.NAMES,
     "TORCH_DEVICE_BACKEND_AUTOLOAD",
     "AUTOWRAPT_BOOTSTRAP",
     "PYTHONPATH",
@@ -56,17 +56,17 @@ def diagnose() -> dict[str, Any]:
 
         import torch  # noqa: F401
 
-        from lpln_autopatch import backends, status, torch_compat
+        from lpln_autopatch import _torch_compat, backends, status
 
-        now = {**vars(status()), "acted": autoload.acted}
+        now = {**vars(status()), "acted": _autoload.acted}
         found |= {name: now[name] for name in ("versions", *_IN_FORCE)}
         found["routes"] = _routes()
-        found["devices"] = torch_compat.devices()
+        found["devices"] = _torch_compat.devices()
         found["backends"] = {name: _backend(name) for name in ("auto", *backends.names())}
         if found["backends"]["fused"]["usable"] and found["devices"] == ["cpu"]:
             detail = "there is no GPU here: on a CPU every call goes to native"
             found["backends"]["fused"] = _finding(False, detail)
-        if autoload.is_set():
+        if _autoload.is_set():
             found["problem"] = _problem(found)
     except SystemExit as error:  # our own, at a wrong variable
         found["problem"] = str(error).removeprefix("lpln_autopatch: ")
@@ -112,7 +112,7 @@ def _verdict(found: dict[str, Any]) -> str:
 
 def _advice() -> list[str]:
     """What to do about variables that say nothing, or cannot be checked here."""
-    advice = [variables.mistake(autoload.asks)]
+    advice = [_variables.mistake(_autoload.asks)]
     if os.environ.get("LPLN_EXEMPT"):
         advice.append(
             "LPLN_EXEMPT is matched when a program makes its modules: LPLN_SUMMARY=1 names at exit "
@@ -143,9 +143,9 @@ def _routes() -> dict[str, Any]:
 
 
 def _why_no_entry_point() -> str:
-    from lpln_autopatch import torch_compat
+    from lpln_autopatch import _torch_compat
 
-    loads = torch_compat.loads_entry_points()
+    loads = _torch_compat.loads_entry_points()
     if loads is None:
         return "torch before 2.5 loads no entry points"
     if not loads:
@@ -217,7 +217,7 @@ def _why_stock(precision: Precision, norms: Sequence[str]) -> str | None:
     """By running each norm on the CPU: what is in force may still be hidden by a patcher."""
     import torch
 
-    from lpln_autopatch.torch_compat import autocast_dtype
+    from lpln_autopatch._torch_compat import autocast_dtype
 
     dtype = torch.bfloat16 if precision.engages(torch.bfloat16) else torch.float16
     for norm in norms:

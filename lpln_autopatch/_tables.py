@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lpln_autopatch.recorder import Recorder, Row
+    from lpln_autopatch._recorder import Recorder, Row
 
 Table = Sequence[Sequence[str]]
 """Rows of cells."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from lpln_autopatch import tables
-from lpln_autopatch.recorder import Recorder, Row, norms_among
+from lpln_autopatch import _tables
+from lpln_autopatch._recorder import Recorder, Row, norms_among
+from lpln_autopatch._torch_compat import compiled_code_runs_eagerly, uncompiled
 from lpln_autopatch.surgery import check_is_module
-from lpln_autopatch.torch_compat import compiled_code_runs_eagerly, uncompiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Report:
         return sum(row.calls for row in self.rows if row.lowered)
 
     def __str__(self) -> str:
-        table, below = tables.of_report(self.rows, self.training)
-        return f"{tables.text(table)}\n\n{below}"
+        table, below = _tables.of_report(self.rows, self.training)
+        return f"{_tables.text(table)}\n\n{below}"
 
     def _repr_html_(self) -> str:
-        table, below = tables.of_report(self.rows, self.training)
-        return tables.html(table, True, below)
+        table, below = _tables.of_report(self.rows, self.training)
+        return _tables.html(table, True, below)
 
 
 def report(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Report:
@@ -75,7 +75,7 @@ def report(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Report:
         return Report(tuple(norms_among(names)), None)
     training = model.training
     recorder = Recorder(names)
-    noted = tables.failure_noted(recorder)
+    noted = _tables.failure_noted(recorder)
     with _one_at_a_time, compiled_code_runs_eagerly(), noted, recorder.in_place():
         model(*args, **kwargs)
     uncalled = {module: name for module, name in names.items() if module not in recorder.called}

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpln_autopatch import dynamo
-from lpln_autopatch.torch_compat import (
+from lpln_autopatch import _dynamo
+from lpln_autopatch._torch_compat import (
     DYNAMO_TRACES_NORMS,
     HOOKS_RUN_ALWAYS,
     drop_compiled_code_that_cannot_follow,
@@ -91,7 +91,7 @@ def is_marked(module: torch.nn.Module) -> bool:
 def mark(module: nn.Module, exempt: bool | str) -> None:
     """Mark `module` and every module that is inside it now with `exempt`; False takes marks off."""
     global _has_hooked
-    dynamo.note_switch()
+    _dynamo.note_switch()
     fast = {m for layer in module.modules() if _has_fast_path(layer) for m in layer.modules()}
     for submodule in module.modules():
         state = vars(submodule)
@@ -124,7 +124,7 @@ def outdate() -> None:
 def _follow() -> None:
     """Have compiled code follow a change."""
     outdate()
-    dynamo.note_switch()
+    _dynamo.note_switch()
     drop_compiled_code_that_cannot_follow()
 
 
@@ -152,7 +152,7 @@ def mark_class(cls: type[nn.Module], exempt: bool) -> None:
     global _classes
     if exempt == (cls in _classes):
         return
-    dynamo.note_switch()
+    _dynamo.note_switch()
     if exempt:
         cls.__call__ = _exempting(cls.__call__)  # type: ignore[method-assign]
         _classes += (cls,)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lpln_autopatch._torch_compat import forward_mode_is_on, never_a_frame_of_its_own
 from lpln_autopatch.backends.protocol import Affine, Shape
-from lpln_autopatch.torch_compat import forward_mode_is_on, never_a_frame_of_its_own
 
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

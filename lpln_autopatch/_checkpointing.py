@@ -8,8 +8,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from lpln_autopatch._torch_compat import CHECKPOINT_ENTRIES, CHECKPOINT_RECOMPUTATIONS
 from lpln_autopatch.backends.cpu import repeated
-from lpln_autopatch.torch_compat import CHECKPOINT_ENTRIES, CHECKPOINT_RECOMPUTATIONS
 
 Block = Callable[[], AbstractContextManager[Any]]
 """What opens a block of the request that was in force when it was made."""

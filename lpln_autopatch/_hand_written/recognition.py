@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpln_autopatch import form as forms
-from lpln_autopatch.form import Form, Run, agrees, every_form, is_near, scale_of
-from lpln_autopatch.stand_in import (
+from lpln_autopatch._hand_written import form as forms
+from lpln_autopatch._hand_written.form import Form, Run, agrees, every_form, is_near, scale_of
+from lpln_autopatch._hand_written.stand_in import (
     NotANorm,
     Shape,
     StandIn,

@@ -7,10 +7,10 @@ import os
 import platform
 from typing import TYPE_CHECKING
 
-from lpln_autopatch import state, tables
+from lpln_autopatch import _state, _tables
 
 if TYPE_CHECKING:
-    from lpln_autopatch.precision import Precision
+    from lpln_autopatch._precision import Precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Status:
         return "\n".join(f"{name:12} {value}" for name, value in self._rows())
 
     def _repr_html_(self) -> str:
-        return tables.html(self._rows(), False)
+        return _tables.html(self._rows(), False)
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = {**vars(self), "versions": ", ".join(f"{k} {v}" for k, v in self.versions.items())}
@@ -59,11 +59,11 @@ def status() -> Status:
 
     from lpln_autopatch import __version__
 
-    request = state.current()
+    request = _state.current()
     asked = ("precision", "backend", "norms", "source")
     return Status(
         **{name: getattr(request, name, None) for name in asked},
-        installed=state.is_installed(),
+        installed=_state.is_installed(),
         environment=os.environ.get("LPLN_PRECISION"),
         versions={
             "lpln_autopatch": __version__,

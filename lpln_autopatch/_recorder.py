@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpln_autopatch import exemption, forward, hand_written, state
-from lpln_autopatch.exchange import is_torchs_own
-from lpln_autopatch.norms import FUNCTIONS
+from lpln_autopatch import _exemption, _forward, _state
+from lpln_autopatch._exchange import is_torchs_own
+from lpln_autopatch._hand_written import forwards
+from lpln_autopatch._norms import FUNCTIONS
+from lpln_autopatch._torch_compat import autocast_dtype, every_module_hooked
 from lpln_autopatch.surgery import is_under_surgery, runs_torchs_forward
-from lpln_autopatch.torch_compat import autocast_dtype, every_module_hooked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +60,13 @@ class Recorder:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Record what happens inside."""
-        runs = state.recorder or FUNCTIONS  # a model may report on a part of itself
+        runs = _state.recorder or FUNCTIONS  # a model may report on a part of itself
         recorders = {n: functools.partial(self._call, n, f) for n, f in runs.items()}
         # Another patcher's function may not call PyTorch's.
         foreign = {n: f for n in FUNCTIONS if not is_torchs_own(f := getattr(F, n), F, n)}
         above = {n: functools.partial(self._call, n, f) for n, f in foreign.items()}
         try:
-            with state.recording(recorders), every_module_hooked(self._enter, self._leave):
+            with _state.recording(recorders), every_module_hooked(self._enter, self._leave):
                 for norm, recorder in above.items():
                     setattr(F, norm, functools.update_wrapper(recorder, foreign[norm]))
                 yield
@@ -77,11 +78,11 @@ class Recorder:
 
     def _call(self, norm: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         # What a backend calls is a part of a call of ours.
-        if threading.get_ident() != self._thread or exemption.why_stock() not in (None, "exempt"):
+        if threading.get_ident() != self._thread or _exemption.why_stock() not in (None, "exempt"):
             return function(*args, **kwargs)
         x = args[0] if args else kwargs.get("input")
         weight = args[2] if len(args) > 2 else kwargs.get("weight")
-        decision = _decide(forward.active, norm, x, weight)
+        decision = _decide(_forward.active, norm, x, weight)
         before = len(self.rows)
         y = function(*args, **kwargs)
         if len(self.rows) == before:  # or a function mode, or a tensor's class, called it anew
@@ -109,17 +110,17 @@ class Recorder:
             if _is_norm(self._running[-1][1], module):
                 self._cast_back(before, y)
             return
-        by, lowering = "", forward.active
+        by, lowering = "", _forward.active
         x = _first_tensor((*args, *kwargs.values()))
         if is_under_surgery(module):
             by, lowering = "surgery", module._lowering
         elif not runs_torchs_forward(module):  # which is another patcher's, if it calls none
-            norm, decision = hand_written.explain(module, args, kwargs)
+            norm, decision = forwards.explain(module, args, kwargs)
             if norm or _is_norm(self._running[-1][1], module):
                 self._record(norm or type(module).__name__, x, y, decision)
             return
         decision = _decide(lowering, "layer_norm", x, module.weight)
-        is_exempt = exemption.is_marked(module)
+        is_exempt = _exemption.is_marked(module)
         self._record("layer_norm", x, y, "exempt" if is_exempt else decision, by)
 
     def _cast_back(self, start: int, y: Tensor | None) -> None:
@@ -150,7 +151,7 @@ class Recorder:
 def _decide(lowering: Any, norm: str, x: object, weight: Any) -> torch.dtype | str:
     if not lowering.norms:
         return "no precision is active"
-    return forward.decide(lowering, norm, x, weight)
+    return _forward.decide(lowering, norm, x, weight)
 
 
 def _first_tensor(value: object) -> Tensor | None:
@@ -179,5 +180,5 @@ def norms_among(names: Mapping[torch.nn.Module, str], reason: str = "") -> Itera
     for module, name in names.items():
         if _is_norm(name, module):
             surgery = "surgery" if is_under_surgery(module) else ""
-            mark = "exempt" if exemption.is_marked(module) else surgery
+            mark = "exempt" if _exemption.is_marked(module) else surgery
             yield Row(name, type(module).__name__, 0, None, None, False, reason or mark)

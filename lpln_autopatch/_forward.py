@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from lpln_autopatch import exemption, exporting
-from lpln_autopatch.backends import Backend, native
-from lpln_autopatch.backends.autograd import DTYPES
-from lpln_autopatch.precision import NoEffectWarning
-from lpln_autopatch.torch_compat import (
+from lpln_autopatch import _exemption, _exporting
+from lpln_autopatch._precision import NoEffectWarning
+from lpln_autopatch._torch_compat import (
     autocast_dtype,
     is_compiling,
     is_dynamo_compiling,
@@ -23,6 +21,8 @@ from lpln_autopatch.torch_compat import (
     never_a_frame_of_its_own,
     run_while_compiling,
 )
+from lpln_autopatch.backends import Backend, native
+from lpln_autopatch.backends.gradients import DTYPES
 
 HAND_WRITTEN = "hand_written"
 """What `norms` and LPLN_NORMS call the norms that classes write out."""
@@ -80,20 +80,20 @@ def decide(lowering: Lowering, norm: str, x: object, weight: Tensor | None) -> t
         return f"{weight.dtype} weight".removeprefix("torch.")
     if norm not in lowering.norms:
         return "not among the norms"
-    reason = exemption.why_stock()
+    reason = _exemption.why_stock()
     if reason is not None:
         return reason
     if is_dynamo_compiling():
         # Dynamo guards on what it compares.
-        if exemption.changes == "":
+        if _exemption.changes == "":
             return ""
-        exemption.guard_on_hooks()
+        _exemption.guard_on_hooks()
     elif is_tracing():
         return "TorchScript"
     if dtype not in lowering.dtypes:
         _warn_of_other_dtype(lowering.precision, dtype, is_dynamo_compiling())
         return f"precision {lowering.precision}, autocast to {dtype}"
-    if is_compiling() and exporting.leaves_autocast_out(is_dynamo_compiling()):
+    if is_compiling() and _exporting.leaves_autocast_out(is_dynamo_compiling()):
         _warn_of_autocast_outside(is_dynamo_compiling())
         return "autocast is outside of what is exported"
     return dtype

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lpln_autopatch._forward import Lowering, run_backend
+from lpln_autopatch._hand_written.form import Form
+from lpln_autopatch._torch_compat import is_compiling, never_a_frame_of_its_own
 from lpln_autopatch.backends import native
 from lpln_autopatch.backends.protocol import Affine
-from lpln_autopatch.form import Form
-from lpln_autopatch.forward import Lowering, run_backend
-from lpln_autopatch.torch_compat import is_compiling, never_a_frame_of_its_own
 
 
 def normalise(

@@ -35,7 +35,7 @@ def _warn_of_mistake() -> None:
         return
     import sys
 
-    from lpln_autopatch.variables import mistake
+    from lpln_autopatch._variables import mistake
 
     if sentence := mistake(asks):
         _warned = True
@@ -78,19 +78,19 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
         del sys.modules[name]
 
     try:
-        from lpln_autopatch.activation import enable_from
+        from lpln_autopatch._activation import enable_from
 
         names = None
         if os.environ.get("LPLN_EXEMPT"):
-            from lpln_autopatch.exempt_by_name import ByName
+            from lpln_autopatch._exempt_by_name import ByName
 
             names = ByName(os.environ["LPLN_EXEMPT"])
             names.install()
         enable_from(os.environ[_VARIABLE], "auto", None, "environment")
 
-        from lpln_autopatch import summary
+        from lpln_autopatch import _summary
 
-        summary.install(asks(os.environ.get("LPLN_SUMMARY", "")), names)
+        _summary.install(asks(os.environ.get("LPLN_SUMMARY", "")), names)
     except Exception as error:
         reason = (str(error) or repr(error)).rstrip(".")
         message = f"{reason}. Unset {_VARIABLE} to leave LayerNorm as PyTorch has it."

@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lpln_autopatch import state
-from lpln_autopatch.precision import Precision
-from lpln_autopatch.request import Request
+from lpln_autopatch import _state
+from lpln_autopatch._precision import Precision
+from lpln_autopatch._request import Request
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ class Enabled:
         self._before = before
 
     def __repr__(self) -> str:
-        request = state.current()
+        request = _state.current()
         if request is None or not request.precision.ever_engages:
             return "Nothing is lowered."
         return f"Lowered under autocast: {request}. lpln_autopatch.disable() ends that."
@@ -72,9 +72,9 @@ class Enabled:
 
     def __exit__(self, *exc_info: object) -> None:
         try:
-            state.set_base(self._before)
+            _state.set_base(self._before)
         except KeyboardInterrupt:  # it may have come before anything was recorded
-            state.set_base(self._before)
+            _state.set_base(self._before)
             raise
 
 
@@ -86,7 +86,7 @@ def disable() -> None:
     `torch.nn.LayerNorm.forward`, that is never removed: ours stays beneath it, inert, and a warning
     says so. Does nothing if there is nothing to undo.
     """
-    state.set_base(None)
+    _state.set_base(None)
 
 
 class low_precision_layernorm(contextlib.ContextDecorator):
@@ -121,7 +121,7 @@ class low_precision_layernorm(contextlib.ContextDecorator):
             )
         self._request = Request.parse(precision, backend, norms, "block")
         # Threads, and asyncio's tasks, that share one instance must each leave what they entered.
-        self._entered: list[tuple[object, state.Block]] = []
+        self._entered: list[tuple[object, _state.Block]] = []
 
     def __call__(self, function: _F) -> _F:
         _refuse_what_a_block_cannot_decorate(function)
@@ -130,10 +130,10 @@ class low_precision_layernorm(contextlib.ContextDecorator):
     def __enter__(self) -> None:
         # An inner block of that kind has an effect: it switches lowering off.
         if not self._request.precision.ever_engages:
-            outer = state.current()
+            outer = _state.current()
             if outer is None or not outer.precision.ever_engages:
                 self._request.warn_never_engages(stacklevel=2)
-        block = state.Block(self._request)
+        block = _state.Block(self._request)
         entry = _who(), block
         try:
             block.open()
@@ -151,7 +151,7 @@ class low_precision_layernorm(contextlib.ContextDecorator):
             self._leave(entry or self._last_entry())
             raise
 
-    def _last_entry(self) -> tuple[object, state.Block]:
+    def _last_entry(self) -> tuple[object, _state.Block]:
         """Return the last of this thread's or task's; if another one entered, the last of all."""
         who = _who()
         for entry in reversed(self._entered):
@@ -159,7 +159,7 @@ class low_precision_layernorm(contextlib.ContextDecorator):
                 return entry
         return self._entered[-1]
 
-    def _leave(self, entry: tuple[object, state.Block]) -> None:
+    def _leave(self, entry: tuple[object, _state.Block]) -> None:
         if entry in self._entered:  # no more, if an interruption has come behind this
             self._entered.remove(entry)
         entry[1].close()
@@ -188,12 +188,12 @@ def exempt(module: _Exempt, exempt: bool = True) -> _Exempt:
     """
     import torch
 
-    from lpln_autopatch import exemption
+    from lpln_autopatch import _exemption
 
     if isinstance(module, torch.nn.Module):
-        exemption.mark(module, bool(exempt))
+        _exemption.mark(module, bool(exempt))
     elif isinstance(module, type) and issubclass(module, torch.nn.Module):
-        exemption.mark_class(module, bool(exempt))
+        _exemption.mark_class(module, bool(exempt))
     else:
         raise TypeError(f"exempt() takes a torch.nn.Module or a class of them, not {module!r}.")
     return module
@@ -204,7 +204,7 @@ def enable_from(precision: object, backend: str, norms: object, source: str) -> 
     request = Request.parse(precision, backend, norms, source)
     if not request.precision.ever_engages:
         request.warn_never_engages(stacklevel=3)
-    before = state.set_base(request)
+    before = _state.set_base(request)
     _logger.info("%s, from %s", request, source)
     return before
 

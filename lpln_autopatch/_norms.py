@@ -15,19 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules import normalization
 
-from lpln_autopatch import forward
-from lpln_autopatch.backends import native
-from lpln_autopatch.exchange import is_torchs_own
-from lpln_autopatch.exemption import is_marked, run_stock
-from lpln_autopatch.forward import HAND_WRITTEN, decide, run_backend
-from lpln_autopatch.torch_compat import (
+from lpln_autopatch import _forward
+from lpln_autopatch._exchange import is_torchs_own
+from lpln_autopatch._exemption import is_marked, run_stock
+from lpln_autopatch._forward import HAND_WRITTEN, decide, run_backend
+from lpln_autopatch._torch_compat import (
     HAS_RMS_NORM,
     never_a_frame_of_its_own,
     traced_like_torchs_own,
 )
+from lpln_autopatch.backends import native
 
 # Copies that run PyTorch's code at all times, once `lowered` and `exempting_forward` have had them.
-_forward: Callable[..., Tensor] = normalization.LayerNorm.forward
+_layer_norm_forward: Callable[..., Tensor] = normalization.LayerNorm.forward
 _layer_norm: Callable[..., Tensor] = F.layer_norm
 _group_norm: Callable[..., Tensor] = F.group_norm
 _rms_norm: Callable[..., Tensor] = getattr(F, "rms_norm", F.layer_norm)
@@ -42,8 +42,8 @@ def lowered(norm: str, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def exempting_forward(norm: str, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return what the forward of the module of `norm` runs while it is exchanged."""
     if norm == "layer_norm":
-        global _forward
-        _forward = stock
+        global _layer_norm_forward
+        _layer_norm_forward = stock
         return layer_norm_forward
 
     def forward(self: torch.nn.Module, input: Tensor) -> Tensor:
@@ -58,9 +58,9 @@ def exempting_forward(norm: str, stock: Callable[..., Tensor]) -> Callable[..., 
 def layer_norm_forward(self: torch.nn.LayerNorm, input: Tensor) -> Tensor:
     # It calls F.layer_norm, which lowers. The method knows the module.
     if is_marked(self):
-        y: Tensor = run_stock("exempt", _forward, self, input)
+        y: Tensor = run_stock("exempt", _layer_norm_forward, self, input)
         return y
-    return _forward(self, input)
+    return _layer_norm_forward(self, input)
 
 
 def layer_norm(
@@ -70,7 +70,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    lowering = forward.active
+    lowering = _forward.active
     dtype = decide(lowering, "layer_norm", input, weight)
     if not isinstance(dtype, str):
         norm = "layer_norm"
@@ -85,7 +85,7 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    lowering = forward.active
+    lowering = _forward.active
     dtype = decide(lowering, "group_norm", input, weight)
     if not isinstance(dtype, str):
         # PyTorch's function, not the operator: it checks the input.
@@ -99,7 +99,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    lowering = forward.active
+    lowering = _forward.active
     dtype = decide(lowering, "rms_norm", input, weight)
     if not isinstance(dtype, str):
         # PyTorch's default is that of the dtype in which it computes: under CUDA's autocast,

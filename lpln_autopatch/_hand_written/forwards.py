@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpln_autopatch import exemption, exporting, forward, kinds
-from lpln_autopatch.backends.autograd import DTYPES
-from lpln_autopatch.exemption import is_marked, run_stock
-from lpln_autopatch.form import Form
-from lpln_autopatch.forward import HAND_WRITTEN, decide
-from lpln_autopatch.normalise import normalise
-from lpln_autopatch.torch_compat import (
+from lpln_autopatch import _exemption, _exporting, _forward
+from lpln_autopatch._exemption import is_marked, run_stock
+from lpln_autopatch._forward import HAND_WRITTEN, decide
+from lpln_autopatch._hand_written import kinds
+from lpln_autopatch._hand_written.form import Form
+from lpln_autopatch._hand_written.normalise import normalise
+from lpln_autopatch._torch_compat import (
     is_compiling,
     is_dynamo_compiling,
     is_tracing,
     never_a_frame_of_its_own,
     run_while_compiling,
 )
+from lpln_autopatch.backends.gradients import DTYPES
 
 _forwards: list[kinds.Forward] = []  # each has a number, which is a constant for Dynamo
 
@@ -33,8 +34,8 @@ def replacement(function: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
     found = _forwards[number] = kinds.Forward(function, stock)
 
     def forward_of_a_class(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        lowering = forward.active
-        if is_dynamo_compiling() and exemption.changes == "":  # Dynamo guards on what it compares
+        lowering = _forward.active
+        if is_dynamo_compiling() and _exemption.changes == "":  # Dynamo guards on what it compares
             return None
         if HAND_WRITTEN in lowering.norms:
             if is_marked(self):
@@ -49,13 +50,13 @@ def replacement(function: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def decide_form(
-    number: int, lowering: forward.Lowering, module: torch.nn.Module, x: Any
+    number: int, lowering: _forward.Lowering, module: torch.nn.Module, x: Any
 ) -> tuple[Any, Form | None]:
     """Return the dtype to which a call is lowered and the form, or why it is stock and None."""
     decision = decide(lowering, HAND_WRITTEN, x, None)
     if isinstance(decision, str):
         return decision, None
-    if is_compiling() and exporting.is_running():
+    if is_compiling() and _exporting.is_running():
         return "torch.export", None
     if x.is_nested or x.layout is not torch.strided:
         return "the input is not dense", None
@@ -102,7 +103,7 @@ def explain(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[str, torch
     form = _form_for(number, module, x)
     if isinstance(form, str):
         return "", f"hand-written, and not recognised: {form}"
-    lowering = forward.active
+    lowering = _forward.active
     if not lowering.norms:
         return form.norm, "no precision is active"
     if HAND_WRITTEN not in lowering.norms:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lpln_autopatch.precision import Precision
+from lpln_autopatch._precision import Precision
 
 _USAGE = "[--precision P] [--backend B] [--norms N] [--exempt E] [--summary] COMMAND ..."
 _HERE = Path(__file__).resolve().parent
@@ -128,10 +128,10 @@ def _check(environment: dict[str, str], given: bool) -> None:
         ValueError: one is not valid.
         ImportError: the backend cannot be used here.
     """
-    from lpln_autopatch import autoload
+    from lpln_autopatch import _autoload
 
     precision, source = environment["LPLN_PRECISION"], "--precision" if given else "LPLN_PRECISION"
-    if not autoload.asks(precision):
+    if not _autoload.asks(precision):
         return
     Precision.parse(precision, source)
     names = {name: environment.get(name, "") for name in ("LPLN_BACKEND", "LPLN_NORMS")}
@@ -140,7 +140,7 @@ def _check(environment: dict[str, str], given: bool) -> None:
     # Only here: this process is not the one that is to be lowered.
     os.environ.update(names, LPLN_PRECISION="off")
 
-    from lpln_autopatch.request import Request
+    from lpln_autopatch._request import Request
 
     Request.parse(precision, "auto", None, "environment")
 

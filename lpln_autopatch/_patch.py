@@ -1,4 +1,4 @@
-"""Apply and undo every change to PyTorch, with exchange.py."""
+"""Apply and undo every change to PyTorch, with _exchange.py."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch.utils.checkpoint
 import wrapt
 from torch.nn.modules import normalization
 
-from lpln_autopatch import dynamo, exemption, forward, norms
-from lpln_autopatch.classes import Classes
-from lpln_autopatch.exchange import Exchange, is_torchs_own
-from lpln_autopatch.request import Request
-from lpln_autopatch.torch_compat import drop_compiled_code_that_cannot_follow
+from lpln_autopatch import _dynamo, _exemption, _forward, _norms
+from lpln_autopatch._exchange import Exchange, is_torchs_own
+from lpln_autopatch._hand_written.classes import Classes
+from lpln_autopatch._request import Request
+from lpln_autopatch._torch_compat import drop_compiled_code_that_cannot_follow
 
 if not hasattr(wrapt, "wrapper_chain"):
     raise ImportError(
@@ -42,15 +42,15 @@ class ForwardWrapper:
     def follow(self, on: bool) -> str | None:
         """Put it on or take it off; return a message if it cannot be taken off."""
         found = vars(LayerNorm)["forward"]
-        if (on and norms.is_our_wrapper(found)) or not (on or self._is_there):
+        if (on and _norms.is_our_wrapper(found)) or not (on or self._is_there):
             return None
         chain = self._chain()
-        ours = [link for link in chain if norms.is_our_wrapper(link)]
+        ours = [link for link in chain if _norms.is_our_wrapper(link)]
         if on and not ours:
             if not self._is_there:
                 self._is_there, self._bottom = True, chain[-1]
             # wrapt's annotation asks for a proxy; its documentation for "a new object".
-            wrapt.wrap_object(LayerNorm, "forward", norms.wrap_forward)  # type: ignore[arg-type]
+            wrapt.wrap_object(LayerNorm, "forward", _norms.wrap_forward)  # type: ignore[arg-type]
         if on:
             return None
         for wrapper in ours:
@@ -62,7 +62,7 @@ class ForwardWrapper:
         chain = self._chain()
         # Where neither ours is in sight nor what was beneath it, a closure hides both.
         bottom_is_in_sight = chain[-1] is self._bottom or _is_torchs_forward(chain[-1])
-        self._is_there = not bottom_is_in_sight or any(map(norms.is_our_wrapper, chain))
+        self._is_there = not bottom_is_in_sight or any(map(_norms.is_our_wrapper, chain))
         if not self._is_there:
             return None
         return (
@@ -75,7 +75,7 @@ class ForwardWrapper:
         found = vars(LayerNorm)["forward"]
         if _is_torchs_forward(found):
             return [found]
-        if norms.is_our_wrapper(found) and _is_torchs_forward(found.__wrapped__):
+        if _norms.is_our_wrapper(found) and _is_torchs_forward(found.__wrapped__):
             return [found, found.__wrapped__]
         return list(wrapt.wrapper_chain(found))  # three times slower
 
@@ -96,16 +96,16 @@ class Patches:
         self, carried: Mapping[str, Callable[[Callable[..., Any]], Callable[..., Any]]]
     ) -> None:
         self._norms = {
-            norm: Exchange.of_torch(F, norm, functools.partial(norms.lowered, norm))
-            for norm in norms.FUNCTIONS
+            norm: Exchange.of_torch(F, norm, functools.partial(_norms.lowered, norm))
+            for norm in _norms.FUNCTIONS
         }
         self._forwards = {
             norm: Exchange.of_torch(
                 normalization,
-                f"{norms.MODULES[norm]}.forward",
-                functools.partial(norms.exempting_forward, norm),
+                f"{_norms.MODULES[norm]}.forward",
+                functools.partial(_norms.exempting_forward, norm),
             )
-            for norm in norms.FUNCTIONS
+            for norm in _norms.FUNCTIONS
         }
         self._checkpointing = [
             Exchange.of_torch(torch.utils.checkpoint, *function) for function in carried.items()
@@ -140,21 +140,21 @@ class Patches:
             Whether what the hot path reads has changed, and a message if something cannot be given
             back.
         """
-        lowering = forward.INACTIVE
+        lowering = _forward.INACTIVE
         wanted: tuple[str, ...] = ()
         if request is not None and request.precision.ever_engages:
             lowering, wanted = request.lowering, request.norms
-        self._classes.follow(forward.HAND_WRITTEN in wanted, keep=carries)
-        changed = lowering != forward.active
+        self._classes.follow(_forward.HAND_WRITTEN in wanted, keep=carries)
+        changed = lowering != _forward.active
         next_ones = self._next(wanted, carries, recorder)
         changes = [(exchange, runs) for exchange, runs in next_ones if exchange.runs is not runs]
         if changed or changes:
-            dynamo.note_switch()
+            _dynamo.note_switch()
             if changed:
-                forward.active = lowering
+                _forward.active = lowering
             for exchange, runs in changes:
                 exchange.run(runs)
-            dynamo.note_switch()
+            _dynamo.note_switch()
         return changed, self._wrapper.follow("layer_norm" in wanted)
 
     def _next(
@@ -177,13 +177,13 @@ class Patches:
     def settle(self, stacklevel: int) -> None:
         """After a change, under no lock: have compiled code follow, or warn."""
         drop_compiled_code_that_cannot_follow()
-        dynamo.settle(stacklevel + 1)
+        _dynamo.settle(stacklevel + 1)
 
     def exchanged(self) -> set[str]:
         """Return the norms whose functions, or classes, run our code."""
         found = {norm for norm, exchange in self._norms.items() if exchange.runs is not None}
         # The forwards of classes run it for longer, and do nothing then.
-        return found | {forward.HAND_WRITTEN} & {*forward.active.norms.split(",")}
+        return found | {_forward.HAND_WRITTEN} & {*_forward.active.norms.split(",")}
 
     def tell_dynamo(self) -> None:
         """Tell Dynamo again what is exchanged."""
@@ -194,5 +194,5 @@ class Patches:
         """Outdate all compiled code that holds a norm."""
         for exchange in self._norms.values():
             exchange.renew()
-        exemption.outdate()  # the forwards of classes
+        _exemption.outdate()  # the forwards of classes
         self.tell_dynamo()

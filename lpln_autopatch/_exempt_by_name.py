@@ -12,8 +12,8 @@ from typing import Any
 import wrapt
 from torch import nn
 
-from lpln_autopatch.exemption import BY_NAME, MARK, mark
-from lpln_autopatch.torch_compat import on_module_registration
+from lpln_autopatch._exemption import BY_NAME, MARK, mark
+from lpln_autopatch._torch_compat import on_module_registration
 
 # In a name these say only that the module was wrapped: by torch.compile, checkpoint_wrapper, FSDP 1
 # or DistributedDataParallel.

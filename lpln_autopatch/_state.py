@@ -1,6 +1,6 @@
 """The requests of the process, and which one is active.
 
-torch is imported by what needs it, not by this module, for the reason that request.py gives.
+torch is imported by what needs it, not by this module, for the reason that _request.py gives.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lpln_autopatch.patch import Patches
-    from lpln_autopatch.request import Request
+    from lpln_autopatch._patch import Patches
+    from lpln_autopatch._request import Request
 
 
 # Process-wide, not thread-local: autograd recomputes checkpoints in threads of its own.
@@ -125,16 +125,16 @@ class Block:
 
 def _capture() -> Callable[[], Block]:
     """Return a maker of blocks for recomputations: of the request that is active in this thread."""
-    from lpln_autopatch import exemption
+    from lpln_autopatch import _exemption
 
-    request = None if exemption.is_exempt_now() else current()
+    request = None if _exemption.is_exempt_now() else current()
     return functools.partial(Block, request, asked=False)
 
 
 @contextlib.contextmanager
 def recording(calls: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Run `calls[norm]` in the place of each norm, whatever is active."""
-    from lpln_autopatch.norms import NAMES
+    from lpln_autopatch._norms import NAMES
 
     def record(new: Mapping[str, Callable[..., Any]] | None) -> None:
         global recorder
@@ -171,12 +171,12 @@ def _patches() -> Patches:
         return _made
     import torch  # noqa: F401  # with LPLN_PRECISION set, importing it makes a change of its own
 
-    from lpln_autopatch import checkpointing, dynamo
-    from lpln_autopatch.patch import Patches
+    from lpln_autopatch import _checkpointing, _dynamo
+    from lpln_autopatch._patch import Patches
 
     stock = functools.partial(Block, None, asked=False)
-    made = Patches(checkpointing.replacements(_capture, stock))
-    dynamo.connect(_tell_dynamo, _renew)
+    made = Patches(_checkpointing.replacements(_capture, stock))
+    _dynamo.connect(_tell_dynamo, _renew)
     with _lock:
         _made = _made or made
     return _made

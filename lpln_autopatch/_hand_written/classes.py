@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from lpln_autopatch import hand_written, kinds
-from lpln_autopatch.exchange import Exchange
+from lpln_autopatch._exchange import Exchange
+from lpln_autopatch._hand_written import forwards, kinds
 
 # Classes are made in several threads at once.
 _lock = threading.RLock()
@@ -65,7 +65,7 @@ class Classes:
             exchange = self._exchanges.get(function)
             if exchange is None:
                 name = f"_lpln_autopatch_forward_{len(self._exchanges)}"
-                replace = functools.partial(hand_written.replacement, function)
+                replace = functools.partial(forwards.replacement, function)
                 exchange = Exchange(lambda: function, name, replace)
                 exchange.prepare()
                 self._exchanges[function] = exchange

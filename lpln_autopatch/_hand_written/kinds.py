@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from lpln_autopatch import exemption
-from lpln_autopatch.bytecode import asks_for_class, methods_called, reads
-from lpln_autopatch.form import Form
-from lpln_autopatch.recognition import Failed, recognise
-from lpln_autopatch.stand_in import NotANorm, Opaque, Shape
-from lpln_autopatch.torch_compat import (
+from lpln_autopatch import _exemption
+from lpln_autopatch._hand_written.bytecode import asks_for_class, methods_called, reads
+from lpln_autopatch._hand_written.form import Form
+from lpln_autopatch._hand_written.recognition import Failed, recognise
+from lpln_autopatch._hand_written.stand_in import NotANorm, Opaque, Shape
+from lpln_autopatch._torch_compat import (
     DYNAMO_TELLS_FLOATS,
     is_dynamo_compiling,
     never_a_frame_of_its_own,
@@ -205,7 +205,7 @@ def in_a_thread(function: Callable[[], _T]) -> _T:
 
     def run() -> None:
         try:
-            results.append(exemption.run_stock(TRIAL, function))
+            results.append(_exemption.run_stock(TRIAL, function))
         except BaseException as error:
             errors.append(error)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lpln_autopatch.exchange import stock_code
+from lpln_autopatch._exchange import stock_code
 
 _EVERY_MODULES = frozenset(dir(torch.nn.Module()))
 

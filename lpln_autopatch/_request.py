@@ -12,11 +12,11 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
-from lpln_autopatch.precision import NoEffectWarning, Precision
+from lpln_autopatch._precision import NoEffectWarning, Precision
 
 if TYPE_CHECKING:
+    from lpln_autopatch._forward import Lowering
     from lpln_autopatch.backends import Backend
-    from lpln_autopatch.forward import Lowering
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _made(
 ) -> Request:
     import torch
 
-    from lpln_autopatch.forward import Lowering
+    from lpln_autopatch._forward import Lowering
 
     dtypes = [d for d in (torch.float16, torch.bfloat16) if precision.engages(d)]
     lowering = Lowering(str(precision), tuple(dtypes * 2)[:2], ",".join(norms), normalise)
@@ -98,7 +98,7 @@ def _made(
 
 def parse_norms(value: object) -> tuple[str, ...]:
     """Return the norms that the argument `norms` of `enable` names, in the order of `NAMES`."""
-    from lpln_autopatch.norms import NAMES
+    from lpln_autopatch._norms import NAMES
 
     source = "norms"
     if value is None:

@@ -14,12 +14,13 @@ from collections import Counter
 
 import torch
 
-from lpln_autopatch import exemption, forward, hand_written, kinds, norms, surgery
-from lpln_autopatch.exempt_by_name import ByName
-from lpln_autopatch.form import Form
-from lpln_autopatch.forward import INTERCEPTED, Lowering, decide
-from lpln_autopatch.hand_written import decide_form
-from lpln_autopatch.torch_compat import (
+from lpln_autopatch import _exemption, _forward, _norms, surgery
+from lpln_autopatch._exempt_by_name import ByName
+from lpln_autopatch._forward import INTERCEPTED, Lowering, decide
+from lpln_autopatch._hand_written import forwards, kinds
+from lpln_autopatch._hand_written.form import Form
+from lpln_autopatch._hand_written.forwards import decide_form
+from lpln_autopatch._torch_compat import (
     is_dynamo_compiling,
     never_a_frame_of_its_own,
     run_while_compiling,
@@ -53,8 +54,8 @@ def install(everything: bool, names: ByName | None) -> None:
 
 
 def _decide_by(function: object, of_forms: object) -> None:
-    vars(norms)["decide"] = vars(surgery)["decide"] = function
-    vars(hand_written)["decide_form"] = of_forms
+    vars(_norms)["decide"] = vars(surgery)["decide"] = function
+    vars(forwards)["decide_form"] = of_forms
 
 
 def _counted(
@@ -63,7 +64,7 @@ def _counted(
     decision = decide(lowering, norm, x, weight)
     if is_dynamo_compiling():
         _count_traced(decision)
-    elif _counting and exemption.why_stock() != kinds.TRIAL:
+    elif _counting and _exemption.why_stock() != kinds.TRIAL:
         _count(decision)
     return decision
 
@@ -75,7 +76,7 @@ def _counted_form(
     if is_dynamo_compiling():
         if form is not None:
             _count_traced(decision)
-    elif _counting and (form is not None or hand_written.is_norm(number, module, x)):
+    elif _counting and (form is not None or forwards.is_norm(number, module, x)):
         _count(decision)
     return decision, form
 
@@ -152,7 +153,7 @@ def _others() -> str | None:
 
     Their functions and forwards are not exchanged, so that nothing has counted their calls.
     """
-    asked = forward.active.norms
+    asked = _forward.active.norms
     found = [
         type(each).__name__
         for each in gc.get_objects()
@@ -174,8 +175,8 @@ def _parameters(module: torch.nn.Module) -> list[torch.nn.Parameter | None]:
 def _norm_of(cls: type) -> str:
     """Return the norm that a module of `cls` may compute besides LayerNorm, or ""."""
     if kinds.candidate(cls) is not None:
-        return forward.HAND_WRITTEN
-    return next((n for n, name in norms.MODULES.items() if cls.__name__ == name), "")
+        return _forward.HAND_WRITTEN
+    return next((n for n, name in _norms.MODULES.items() if cls.__name__ == name), "")
 
 
 for _function in (_counted, _counted_form):

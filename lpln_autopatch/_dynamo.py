@@ -13,7 +13,7 @@ from typing import Any
 
 import wrapt
 
-from lpln_autopatch.torch_compat import (
+from lpln_autopatch._torch_compat import (
     DYNAMO_TRACES_NORMS,
     GRAPHS_GUARD_ON_CODE,
     PRECOMPILATION_CAN_BE_LEFT,

@@ -11,7 +11,7 @@ from typing import Any
 
 import wrapt
 
-from lpln_autopatch import dynamo
+from lpln_autopatch import _dynamo
 
 
 class Exchange:
@@ -93,14 +93,14 @@ class Exchange:
         self.runs = _unfinished  # an interruption must not leave what looks like the last state
         code = self._stock_code if replacement is None else self._our_code
         self.function.__globals__[self._name] = replacement or self.replacement
-        dynamo.set_rule(self.function, self._name, replacement is not None)
+        _dynamo.set_rule(self.function, self._name, replacement is not None)
         self.function.__code__ = code
         self.runs = replacement
 
     def tell_dynamo(self) -> None:
         """Tell Dynamo again, which may have been imported after the last change."""
         if self.runs is not None:
-            dynamo.set_rule(self.function, self._name, True)
+            _dynamo.set_rule(self.function, self._name, True)
 
     def renew(self) -> None:
         """Outdate compiled code: replace both code objects by equal ones."""
