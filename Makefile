@@ -4,11 +4,11 @@
 PYTHON ?= python3
 TORCH ?= torch
 VENV := .venv-$(subst =,,$(firstword $(TORCH)))
-# What the extra `bench` brings, numpy and transformers, does not run beside torch 1.
+# The packages of the extra `bench`, numpy and transformers, do not run beside torch 1.
 EXTRAS := $(if $(findstring ==1.,$(TORCH)),dev,dev,bench)
-# The kernels' tests: with NumPy, which the extra `bench` brings, Triton's interpreter runs them.
+# Triton's interpreter runs the kernels' tests. It needs NumPy, which the extra `bench` brings.
 TRITON := $(if $(findstring ==1.,$(TORCH)),,"triton; sys_platform == 'linux' and platform_machine == 'x86_64'")
-# What is there: torch; the package, too; the tools for development, too.
+# Files that mark an environment with torch; with the package, too; with the tools, too.
 HAS_TORCH := $(VENV)/has-torch
 RUNS := $(VENV)/runs
 INSTALLED := $(VENV)/installed
@@ -37,8 +37,8 @@ help:
 	  'Everything goes into .venv-torch. The newest torch with CUDA takes several GB instead;' \
 	  'TORCH=torch==2.13.0 make test takes that torch, in an environment of its own.'
 
-# The same training script twice, without and with LPLN_PRECISION; then what a GPU would do for a step
-# of two real models, counted. The last command shows all of it, and says what follows.
+# The same training script twice, without and with LPLN_PRECISION; then the counts of a GPU's training
+# step for two real models. The last command prints all figures and a conclusion.
 demo: $(RUNS)
 	$(DEMO)/bin/pip install --quiet transformers tabulate $(TORCH)
 	$(DEMO)/bin/python $(EXAMPLE) --steps 30 > $(DEMO)/stock.tsv
@@ -47,7 +47,7 @@ demo: $(RUNS)
 	  --json $(DEMO)/count.json > $(DEMO)/count.txt
 	@$(DEMO)/bin/python -m lpln_autopatch.bench.demo $(DEMO)
 
-# pytest's own command does not put the checkout on sys.path: what is tested is the wheel.
+# pytest's own command does not put the checkout on sys.path, so that it tests the wheel.
 test: $(INSTALLED)
 	$(VENV)/bin/pytest --numprocesses auto --dist loadgroup --durations 10
 
@@ -79,15 +79,15 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# The site, in build/site. Strict: a warning, as of a link or a docstring, is an error. The variable
-# keeps the theme from printing news of its successor. (With --quiet, --strict sees no warnings.)
+# Strict: a warning, as of a link or a docstring, is an error; with --quiet it would not be. The
+# variable keeps the theme from printing news of its successor.
 docs: $(INSTALLED)
 	$(VENV)/bin/pip install "$$(echo $(VENV)/wheel/*.whl)[docs]" $(TORCH)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --config-file .mkdocs.yml
 	LPLN_TEST_SITE=build/site $(VENV)/bin/pytest --quiet tests/test_site.py
 
-# dist holds the wheel and the sdist of a release: their metadata is what an index accepts, they are
-# built again to the same bytes, and installed, upgraded and uninstalled in an environment with torch.
+# dist holds the wheel and the sdist of a release. Tests check the metadata as an index does, build
+# both again to the same bytes, and install, upgrade and uninstall them beside torch.
 dist: $(INSTALLED)
 	rm -rf dist
 	$(VENV)/bin/pip install "build>=1.2" "twine>=6"
@@ -98,7 +98,7 @@ dist: $(INSTALLED)
 clean:
 	rm -rf .venv-* build dist
 
-# From nothing, if creating it was interrupted: the file is made last.
+# The file is made last: an interrupted environment is created from nothing.
 $(HAS_TORCH):
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)

@@ -2,8 +2,8 @@
 
     LPLN_PRECISION=amp python train.py
 
-The public names are loaded when they are first used: importing this package imports
-neither torch nor wrapt, so that torch can load our entry point at no cost.
+The public names are loaded at their first use. Importing this package imports neither torch nor
+wrapt, so that torch loads our entry point at no cost.
 """
 
 from __future__ import annotations

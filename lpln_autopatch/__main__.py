@@ -22,34 +22,35 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command that `arguments`, or those of the process, name; return its exit status."""
+    """Run the command that `arguments`, by default the process's, name; return its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["run"]:
         return _launcher.main(arguments[1:], _PROGRAM)
     if arguments[:1] == ["bench"]:
-        if _PROGRAM == "lpln":  # `python -m` looks for modules in this folder, too
+        if _PROGRAM == "lpln":  # `python -m` does so: models come from the working folder
             sys.path.insert(0, "")
-        # Not argparse's subcommands: the benchmark has a parser, and imports, of its own.
+        # No subcommand of argparse: the benchmark has its own parser and its own imports.
         return int(import_module("lpln_autopatch.bench.suites").main(arguments[1:]))
     parser = _Parser(
         prog=_PROGRAM,
         usage=f"{_PROGRAM} [--json]\n       {_PROGRAM} run [--help] ... COMMAND ...\n"
         f"       {_PROGRAM} bench [--help] ...",
-        description="Say what is in force in a program that is started like this one, by which "
-        "route it came, and what can be used here. Exit status 1 if LPLN_PRECISION is set and "
-        "does not lower LayerNorm. `run` starts a command with LPLN_PRECISION set, and sees to it "
-        "that it is read. `bench` measures what lowering is worth on this machine.",
+        description="Say which precision is active in a program that is started like this one, by "
+        "which route it came, and which backends can be used here. The exit status is 1 if "
+        "LPLN_PRECISION is set and does not lower LayerNorm. `run` starts a command with "
+        "LPLN_PRECISION set, by a route that is always open. `bench` measures the gain of lowering "
+        "on this machine.",
         allow_abbrev=False,
     )
-    parser.add_argument("--json", action="store_true", help="the same, for programs")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("--version", action="version", version=f"lpln_autopatch {__version__}")
     options = parser.parse_args(arguments)
-    # What it imports, backends of other packages too, may print.
+    # Imports, also of backends of other packages, may print: --json must stay JSON.
     with contextlib.redirect_stdout(sys.stderr):
         found = _doctor.diagnose()
     try:
         print(json.dumps(found, indent=2) if options.json else _doctor.text(found), flush=True)
-    except BrokenPipeError:  # whoever reads, such as `head`, has enough
+    except BrokenPipeError:  # the reader, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if found["problem"] is None else 1
 

@@ -1,8 +1,8 @@
-"""Zero code: LPLN_PRECISION turns low precision on when torch has been imported.
+"""Zero code: activate the precision of LPLN_PRECISION when torch has been imported.
 
-Called by torch itself (entry point group `torch.backends`), by autowrapt (group
-`lpln_autopatch`), and by `sitecustomize_example`, `lpln run`'s too. With the variable unset it
-imports nothing.
+Three routes call `on_torch_import`: torch itself (entry point group `torch.backends`), autowrapt
+(group `lpln_autopatch`), and `sitecustomize_example`, which `lpln run` uses too. With the variable
+unset it imports nothing.
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ _VARIABLE = "LPLN_PRECISION"
 _AS_IF_UNSET = ("", "0", "off", "no", "false")
 
 acted: str | None = None
-"""The route that has activated, for `python -m lpln_autopatch`."""
+"""The route that has activated, or None."""
 _warned = False
 
 
 def asks(value: str) -> bool:
-    """Return True if this value of LPLN_PRECISION asks for anything, valid or not."""
+    """Return True if a variable of this value is meant to have an effect, valid or not."""
     return value.strip().lower() not in _AS_IF_UNSET
 
 
 def is_set() -> bool:
-    """Return True if LPLN_PRECISION is set, and asks for anything."""
+    """Return True if LPLN_PRECISION is set, and not to a word for "off"."""
     return asks(os.environ.get(_VARIABLE, ""))
 
 
 def _warn_of_mistake() -> None:
-    """Print what is wrong with our variables, once: not as a warning, which may be an error."""
+    """Print, once, which variable is misspelt or lacks LPLN_PRECISION.
+
+    It is no Python warning, because a program may turn warnings into errors.
+    """
     global _warned
     if _warned or not any(name.startswith("LPLN_") for name in os.environ):
         return
@@ -43,16 +46,16 @@ def _warn_of_mistake() -> None:
 
 
 def on_torch_import(torch: object = None, route: str | None = None) -> None:
-    """Enable what LPLN_PRECISION asks for. Calling it again, by another route, does nothing.
+    """Enable the precision of LPLN_PRECISION. A second call, by another route, does nothing.
 
     Args:
-        torch: The module, as post-import hooks pass it; torch itself does not.
-        route: Who calls, if neither torch nor autowrapt.
+        torch: The module, as post-import hooks pass it; torch itself passes none.
+        route: The name of the caller, if it is neither torch nor autowrapt.
 
     Raises:
-        SystemExit: LPLN_PRECISION, LPLN_BACKEND or LPLN_NORMS is not valid, or something that is
-            needed does not import or fails. Not the error itself, which torch would bury in advice
-            of its own, and which an `except Exception` around an import would hide.
+        SystemExit: LPLN_PRECISION, LPLN_BACKEND or LPLN_NORMS is not valid, or an import fails. It
+            is no ValueError or ImportError: torch would surround that with advice of its own, and a
+            program's `except Exception` around an import would hide it.
         ValueError, ImportError: The same in a thread, where Python ignores SystemExit.
     """
     global acted
@@ -65,13 +68,14 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
     import sys
     import threading
 
-    # One of ours may be importing torch right now. It is only half there: it is put aside, so that
-    # a whole one is imported if it is needed, which then is what its importer gets, too.
+    # `import lpln_autopatch.surgery` may be the import that imports torch, and call us by it. That
+    # module is half initialised, and the imports below would find it so. Put it aside: they import
+    # it anew, and `setdefault` at the end gives its importer the new module, too.
     halves = {
         name: module
         for name, module in list(sys.modules.items())
         if name.startswith("lpln_autopatch.")
-        # None bars an import, as tests that do without a module have it.
+        # A None in sys.modules bars an import.
         and getattr(getattr(module, "__spec__", None), "_initializing", False)
     }
     for name in halves:
@@ -104,15 +108,16 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
 
 
 def lightning_callbacks() -> list[Any]:
-    """Give Lightning's Trainers the callback that lowers `fit`, where nothing else has activated.
+    """Return the callback that lowers `fit`, for each of Lightning's Trainers.
 
-    Lightning calls it when a Trainer is made (its group `callbacks_factory`).
+    Lightning calls it when a Trainer is made (entry point group `callbacks_factory`).
 
     Returns:
-        The callback, if LPLN_PRECISION asks for it and no route has read it; or else nothing.
+        The callback in a list, if LPLN_PRECISION is set and no route has read it; or else [].
 
     Raises:
-        ValueError, ImportError: a variable is not valid, or the backend cannot be used here.
+        ValueError: a variable is not valid.
+        ImportError: the backend cannot be used here.
     """
     if acted or not is_set():
         return []

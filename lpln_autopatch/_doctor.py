@@ -1,6 +1,6 @@
-"""What `python -m lpln_autopatch` finds out: what is in force here, by which route, or why not.
+"""The doctor, `python -m lpln_autopatch`: the active request, its route, or why there is none.
 
-importlib-metadata is imported by what needs it: the doctor is asked where something is missing.
+Functions import importlib-metadata themselves: the doctor also runs where that is missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ VARIABLES = (
     "AUTOWRAPT_BOOTSTRAP",
     "PYTHONPATH",
 )
-_IN_FORCE = ("precision", "backend", "norms", "source", "installed", "acted")
+_ACTIVE = ("precision", "backend", "norms", "source", "installed", "acted")
 _MODULES = {
     "layer_norm": "LayerNorm",
     "group_norm": "GroupNorm",
@@ -31,19 +31,19 @@ _MODULES = {
 
 
 def diagnose() -> dict[str, Any]:
-    """Import torch, as a program would, and look at what that has done.
+    """Import torch, as a program would, and find out which request that has made active.
 
     Returns:
-        What `--json` writes: versions; environment, the variables that matter, None where unset;
-        precision, backend, norms, source and installed as in `Status`; acted, the route that
-        activated, or None; routes and backends, each "usable" or not, and why not or what it is as
-        "detail"; devices; advice, a list of sentences; problem, why LPLN_PRECISION lowers nothing
-        or what fails, or None.
+        The object that `--json` writes. versions; environment: the variables that matter, None
+        where unset; precision, backend, norms, source and installed: as in `Status`; acted: the
+        route that activated, or None; routes and backends: for each "usable", and as "detail" the
+        obstacle or the backend that runs; devices; advice: a list of sentences; problem: why
+        LPLN_PRECISION lowers nothing, or an error, or None.
     """
     found: dict[str, Any] = {
         "versions": {"python": platform.python_version()},
         "environment": {name: os.environ.get(name) for name in VARIABLES},
-        **dict.fromkeys((*_IN_FORCE, "problem")),
+        **dict.fromkeys((*_ACTIVE, "problem")),
         "installed": False,
         "routes": {},
         "backends": {},
@@ -59,7 +59,7 @@ def diagnose() -> dict[str, Any]:
         from lpln_autopatch import _torch_compat, backends, status
 
         now = {**vars(status()), "acted": _autoload.acted}
-        found |= {name: now[name] for name in ("versions", *_IN_FORCE)}
+        found |= {name: now[name] for name in ("versions", *_ACTIVE)}
         found["routes"] = _routes()
         found["devices"] = _torch_compat.devices()
         found["backends"] = {name: _backend(name) for name in ("auto", *backends.names())}
@@ -68,7 +68,7 @@ def diagnose() -> dict[str, Any]:
             found["backends"]["fused"] = _finding(False, detail)
         if _autoload.is_set():
             found["problem"] = _problem(found)
-    except SystemExit as error:  # our own, at a wrong variable
+    except SystemExit as error:  # zero code refuses a wrong variable so
         found["problem"] = str(error).removeprefix("lpln_autopatch: ")
     except Exception as error:
         found["problem"] = f"torch, or what lpln_autopatch needs, fails: {error!r}."
@@ -76,15 +76,15 @@ def diagnose() -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """What `diagnose` has found, for people: sections, and the outcome in the last line."""
+    """Return the findings of `diagnose` for people: sections, and the outcome in the last line."""
     norms = found["norms"] and ", ".join(found["norms"])
     sections: dict[str, dict[str, Any]] = {
         **found,
-        "in force": {name: found[name] for name in _IN_FORCE} | {"norms": norms},
+        "active": {name: found[name] for name in _ACTIVE} | {"norms": norms},
         "devices": dict.fromkeys(found["devices"], ""),
     }
     lines = []
-    for title in ("versions", "environment", "in force", "routes", "backends", "devices"):
+    for title in ("versions", "environment", "active", "routes", "backends", "devices"):
         lines += [title] if sections[title] else []
         for name, value in sections[title].items():
             if isinstance(value, dict):
@@ -111,7 +111,7 @@ def _verdict(found: dict[str, Any]) -> str:
 
 
 def _advice() -> list[str]:
-    """What to do about variables that say nothing, or cannot be checked here."""
+    """Return advice about variables that have no effect, or that cannot be checked here."""
     advice = [_variables.mistake(_autoload.asks)]
     if os.environ.get("LPLN_EXEMPT"):
         advice.append(
@@ -126,14 +126,14 @@ def _finding(usable: bool, detail: str = "") -> dict[str, Any]:
 
 
 def _installed_version(name: str) -> str | None:
-    """The version of the distribution `name`, or None where it is not installed."""
+    """Return the version of the distribution `name`, or None if it is not installed."""
     import importlib_metadata
 
     return next((found.version for found in importlib_metadata.distributions(name=name)), None)
 
 
 def _routes() -> dict[str, Any]:
-    """The ways of activation without code, and whether each is open."""
+    """Return the findings about each route of activation without code."""
     closed = {
         "torch.backends": _why_no_entry_point(),
         "sitecustomize": _why_no_sitecustomize(),
@@ -155,11 +155,11 @@ def _why_no_entry_point() -> str:
 
 def _why_no_sitecustomize() -> str:
     module = sys.modules.get("sitecustomize")
-    # By a name of it: the file may have been copied.
+    # By a name in the file, and not by its path: users copy the file.
     if hasattr(module, "_activate_when_torch_is_imported"):
         return ""
     other = getattr(module, "__file__", None)
-    found = f": {other} is the one that Python found" if other else ""
+    found = f": Python found {other}" if other else ""
     return f"sitecustomize_example is not first on PYTHONPATH, nor is lpln run's{found}"
 
 
@@ -180,7 +180,7 @@ def _why_not_installed(group: str, name: str) -> str:
 
 
 def _backend(name: str) -> dict[str, Any]:
-    """Whether `name` can be used, by loading it."""
+    """Load the backend `name`, and return the finding."""
     from lpln_autopatch import backends
 
     try:
@@ -193,7 +193,7 @@ def _backend(name: str) -> dict[str, Any]:
 
 
 def _problem(found: dict[str, Any]) -> str | None:
-    """Why LPLN_PRECISION, which is set, does not lower LayerNorm, or None if it does."""
+    """Return why LPLN_PRECISION, which is set, does not lower LayerNorm, or None if it does."""
     try:
         Precision.parse(os.environ["LPLN_PRECISION"], "LPLN_PRECISION")
     except ValueError as error:
@@ -204,7 +204,7 @@ def _problem(found: dict[str, Any]) -> str | None:
             for name, route in found["routes"].items()
         )
         source = found["source"]
-        other = f" What is in force comes from {source} in this process." if source else ""
+        other = f" The active request comes from {source} in this process." if source else ""
         return f"no route has read it ({closed}).{other}"
     if found["precision"] is None:
         return "disable in this process has undone it."
@@ -214,14 +214,14 @@ def _problem(found: dict[str, Any]) -> str | None:
 
 
 def _why_stock(precision: Precision, norms: Sequence[str]) -> str | None:
-    """By running each norm on the CPU: what is in force may still be hidden by a patcher."""
+    """Run each norm on the CPU, as a patcher may hide ours; return why one is stock, or None."""
     import torch
 
     from lpln_autopatch._torch_compat import autocast_dtype
 
     dtype = torch.bfloat16 if precision.engages(torch.bfloat16) else torch.float16
     for norm in norms:
-        if norm == "hand_written":  # no module of torch.nn
+        if norm == "hand_written":  # torch.nn has no such module
             continue
         name = _MODULES[norm]
         module = getattr(torch.nn, name)(*([2] if norm == "group_norm" else []), 8)

@@ -1,4 +1,4 @@
-"""`lpln run COMMAND`: set the variables, open a route that is always there, and become COMMAND."""
+"""`lpln run COMMAND`: set the variables, open a route that works on every torch, run COMMAND."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SITE = next(
     for folder in (_HERE / "sitecustomize", _HERE.parent / "sitecustomize_example")
     if (folder / "sitecustomize.py").is_file()
 )
-"""The folder of our sitecustomize: in the package once that is built, in a checkout beside it."""
+"""The folder of our sitecustomize: inside a built package, beside the package in a checkout."""
 
-# Windows has no exec: what stands for it there returns to the shell before the command ends.
+# On Windows, Python's os.exec returns to the shell before the command ends.
 _CAN_EXEC = os.name != "nt"
 
 
@@ -34,14 +34,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Check the names, and become the command.
+    """Check the names, then replace this process by the command.
 
     Args:
-        arguments: The words behind `run`.
-        program: What the words before `run` are, for messages.
+        arguments: The words after `run`.
+        program: The words before `run`, for messages.
 
     Returns:
-        The exit status of the command, on Windows; elsewhere this process is the command.
+        The exit status of the command, on Windows. Elsewhere it does not return.
 
     Raises:
         SystemExit: 2 for a wrong name or option, 127 for a command that is not found, 126 for one
@@ -79,9 +79,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
         prog=program,
         usage=f"{program} {_USAGE}",
         description="Run COMMAND with norms in the autocast dtype, also where torch loads no entry "
-        "points: before torch 2.5, and with TORCH_DEVICE_BACKEND_AUTOLOAD=0. A word that ends in "
-        ".py, or -m or -c, is run by this Python; anything else, such as torchrun or accelerate, "
-        "is looked for on PATH.",
+        "points: before torch 2.5, and with TORCH_DEVICE_BACKEND_AUTOLOAD=0. This Python runs -m, "
+        "-c and files that end in .py. Other commands, such as torchrun, are looked for on PATH.",
         epilog="An option that is not given leaves its variable as it is.",
         allow_abbrev=False,
     )
@@ -95,9 +94,9 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
 
 def _split(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Return our options, and the command behind them. argparse takes `-m` for an option of ours.
+    """Return our options, and the command that follows them, perhaps after `--`.
 
-    `--` may stand between the two.
+    argparse alone would take the command's `-m` for one of our options.
     """
     at = 0
     while at < len(arguments) and re.match("--.|-h$", word := arguments[at]):
@@ -108,7 +107,7 @@ def _split(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
 
 
 def _environment(options: argparse.Namespace) -> dict[str, str]:
-    """Return the environment of the command."""
+    """Return the environment in which the command runs."""
     environment = dict(os.environ)
     environment["LPLN_PRECISION"] = options.precision or environment.get("LPLN_PRECISION") or "amp"
     for name in ("backend", "norms", "exempt"):
@@ -122,10 +121,10 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _check(environment: dict[str, str], given: bool) -> None:
-    """Check the names that `environment` has.
+    """Check the names of precision, backend and norms in `environment`.
 
     Raises:
-        ValueError: one is not valid.
+        ValueError: a name is not valid.
         ImportError: the backend cannot be used here.
     """
     from lpln_autopatch import _autoload
@@ -137,7 +136,7 @@ def _check(environment: dict[str, str], given: bool) -> None:
     names = {name: environment.get(name, "") for name in ("LPLN_BACKEND", "LPLN_NORMS")}
     if not any(names.values()):
         return  # torch takes seconds to import
-    # Only here: this process is not the one that is to be lowered.
+    # The command is to be lowered, and not this process.
     os.environ.update(names, LPLN_PRECISION="off")
 
     from lpln_autopatch._request import Request
@@ -146,7 +145,7 @@ def _check(environment: dict[str, str], given: bool) -> None:
 
 
 def _words(command: Sequence[str]) -> list[str]:
-    """Return the command with its program first, and our own Python in front of a script."""
+    """Return the command, with this Python in front of a script, `-m` or `-c`."""
     first = command[0]
     if not (first.endswith(".py") or first in ("-m", "-c")):
         return list(command)
@@ -155,7 +154,7 @@ def _words(command: Sequence[str]) -> list[str]:
 
 
 def _ignores_our_route(words: Sequence[str]) -> bool:
-    """Return True for a Python that reads neither PYTHONPATH nor a sitecustomize."""
+    """Return True if the command is a Python that ignores PYTHONPATH or sitecustomize."""
     if not re.match(r"python[\d.]*(\.exe)?$", Path(words[0]).name):
         return False
     for word in words[1:]:

@@ -29,12 +29,12 @@ class Row:
 
     Attributes:
         name: The qualified name of the innermost module that was running; "" is the model itself.
-        norm: "layer_norm", "group_norm" or "rms_norm"; of a module that computes none its class.
-        calls: How many there were.
-        input_dtype: The dtype that went in. None if there was no call.
-        output_dtype: The dtype that came out, likewise.
-        lowered: Whether they ran in the autocast dtype.
-        reason: Why they did not; or who lowered them, where the precision in force did not.
+        norm: "layer_norm", "group_norm" or "rms_norm"; the class of a module that calls none.
+        calls: The number of calls.
+        input_dtype: The dtype of the input, or None if there was no call.
+        output_dtype: The dtype of the output, or None if there was no call.
+        lowered: True if the calls ran in the autocast dtype.
+        reason: Why they did not; or who lowered them, if it was not the active precision.
     """
 
     name: str
@@ -47,22 +47,22 @@ class Row:
 
 
 class Recorder:
-    """Sees the norm calls of this thread, in modules that have these names."""
+    """Records the norm calls of this thread, by the names of the modules that make them."""
 
     def __init__(self, names: Mapping[torch.nn.Module, str]) -> None:
         self.rows: list[Row] = []  # one for each call
         self.called: set[torch.nn.Module] = set()
         self._names = names
         self._thread: int | None = threading.get_ident()
-        # The modules that are running, their names, and how many calls there were before.
+        # The modules that are running, their names, and the number of rows when each began.
         self._running: list[tuple[torch.nn.Module | None, str, int]] = [(None, "", 0)]
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Record what happens inside."""
+        """Record the norm calls inside the block."""
         runs = _state.recorder or FUNCTIONS  # a model may report on a part of itself
         recorders = {n: functools.partial(self._call, n, f) for n, f in runs.items()}
-        # Another patcher's function may not call PyTorch's.
+        # A function of another patcher may never call PyTorch's, which ours replaces.
         foreign = {n: f for n in FUNCTIONS if not is_torchs_own(f := getattr(F, n), F, n)}
         above = {n: functools.partial(self._call, n, f) for n, f in foreign.items()}
         try:
@@ -71,7 +71,8 @@ class Recorder:
                     setattr(F, norm, functools.update_wrapper(recorder, foreign[norm]))
                 yield
         finally:
-            self._thread = None  # what another patcher has wrapped since cannot be taken off
+            # A recorder that another patcher has wrapped since cannot be taken off: it ends so.
+            self._thread = None
             for norm, recorder in above.items():
                 if getattr(F, norm) is recorder:
                     setattr(F, norm, foreign[norm])
@@ -85,7 +86,7 @@ class Recorder:
         decision = _decide(_forward.active, norm, x, weight)
         before = len(self.rows)
         y = function(*args, **kwargs)
-        if len(self.rows) == before:  # or a function mode, or a tensor's class, called it anew
+        if len(self.rows) == before:  # or a function mode, or a tensor's class, called this again
             self._record(norm, x, y, decision)
         return y
 
@@ -96,7 +97,7 @@ class Recorder:
             self.called.add(module)
 
     def _leave(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        # Not the last one, where a module above it raised, before torch 2.1.
+        # Before torch 2.1 the hook of a module that raised does not run: it may still be the last.
         found = [at for at, running in enumerate(self._running) if running[0] is module]
         if threading.get_ident() == self._thread and found:
             del self._running[found[-1] + 1 :]
@@ -124,7 +125,7 @@ class Recorder:
         self._record("layer_norm", x, y, "exempt" if is_exempt else decision, by)
 
     def _cast_back(self, start: int, y: Tensor | None) -> None:
-        """Correct the calls from `start` on, of one module, if that gives float32 all the same."""
+        """Mark the rows from `start` on, of one module, as stock if the module returns float32."""
         for at, row in enumerate(self.rows[start:], start):
             if row.lowered and y is not None and y.dtype is torch.float32:
                 why = "the module casts it back to float32"
@@ -143,7 +144,7 @@ class Recorder:
         self.rows.append(Row(self._running[-1][1], norm, 1, given, got, lowered, reason))
 
     def counted(self) -> tuple[Row, ...]:
-        """Return a row for the calls of one module that are alike."""
+        """Return one row for all like calls of a module."""
         alike = Counter(self.rows)
         return tuple(dataclasses.replace(row, calls=n) for row, n in alike.items())
 
@@ -159,15 +160,15 @@ def _first_tensor(value: object) -> Tensor | None:
     return next((each for each in values if isinstance(each, Tensor)), None)
 
 
-# A word of its own: not "Normalize", which is of data, nor "NormalMLP", nor "Enormous". BatchNorm
-# and InstanceNorm have statistics of their own, and autocast leaves them alone.
+# The word Norm by itself: not "Normalize", which is for data, nor "NormalMLP", nor "Enormous".
+# Autocast leaves BatchNorm and InstanceNorm alone, which keep statistics.
 _NORM = re.compile(r"(Norm|(^|_)norm|(?i:layer|rms|group)(?i:norm))(?![a-z])(?!\w*Loss)")
 _OTHER = re.compile(r"(?i:batch|instance|response)_?(?i:norm)")
 
 
 def _is_norm(name: str, module: torch.nn.Module) -> bool:
-    """Whether `module` is a norm by its class. One with modules inside is a block."""
-    if "parametrizations" in name.split("."):  # weight_norm and spectral_norm are modules
+    """Return True if `module` has the class of a norm, and no modules inside, as a block has."""
+    if "parametrizations" in name.split("."):  # weight_norm and spectral_norm are such modules
         return False
     called = type(module).__name__
     inside = module._modules.keys() - {"parametrizations"}
@@ -176,7 +177,10 @@ def _is_norm(name: str, module: torch.nn.Module) -> bool:
 
 
 def norms_among(names: Mapping[torch.nn.Module, str], reason: str = "") -> Iterator[Row]:
-    """A row without calls for each norm among these. The reason is this one or the norm's mark."""
+    """Yield a row without calls for each norm among `names`.
+
+    Its reason is `reason`, or by default "exempt" or "surgery", or "".
+    """
     for module, name in names.items():
         if _is_norm(name, module):
             surgery = "surgery" if is_under_surgery(module) else ""

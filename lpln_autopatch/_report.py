@@ -1,4 +1,4 @@
-"""What happens to every norm call of a model, and why: seen by running it once."""
+"""The report: run a model once, and record for each norm call if it is lowered, and why not."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Report:
     """The norm calls of a model, then the norms that were not called. Prints as a table.
 
     Attributes:
-        rows: A row for the calls of one module that are alike.
-        training: The mode in which the model ran, and was left; None if it did not run.
+        rows: One row for all like calls of a module.
+        training: The mode in which the model ran and is left; None if it did not run.
     """
 
     rows: tuple[Row, ...]
@@ -28,12 +28,12 @@ class Report:
 
     @property
     def calls(self) -> int:
-        """How many norm calls there were."""
+        """The number of norm calls."""
         return sum(row.calls for row in self.rows)
 
     @property
     def lowered(self) -> int:
-        """How many of them were lowered."""
+        """The number of norm calls that were lowered."""
         return sum(row.calls for row in self.rows if row.lowered)
 
     def __str__(self) -> str:
@@ -46,27 +46,29 @@ class Report:
 
 
 def report(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Report:
-    """Run `model` once, and say of every norm call whether it was lowered, and why not.
+    """Run `model` once, and report for each norm call if it was lowered, and why not.
 
-    It runs as a call of `model` here would: under the precision and the autocast in force, with
-    gradients or without, in the training mode that it is in. `train()` and `eval()` are not called:
-    in training mode a BatchNorm updates its statistics, and dropout draws random numbers. Compiled
-    code runs eagerly. Calls in other threads are not seen. No hook or wrapper is left behind.
+    It runs as your own call of `model` would: under the active precision and autocast, with
+    gradients or without, in the model's present mode. `train()` and `eval()` are not called: in
+    training mode a BatchNorm updates its statistics, and dropout draws random numbers. Compiled
+    code runs eagerly. Calls in other threads are not recorded. No hook or wrapper is left behind.
 
-    Seen are the calls of `torch.nn.functional.layer_norm`, `group_norm` and `rms_norm`, those of
-    modules under surgery, and modules that compute a norm by hand, or are norms by their class.
+    The report has the calls of `torch.nn.functional.layer_norm`, `group_norm` and `rms_norm`, of
+    modules under surgery, and of modules that compute a norm by hand or have the name of a norm.
 
     Args:
-        model: Any module, compiled or wrapped for distribution or not.
-        args: Its inputs. Without any the model is not run: its norms are listed, on meta too.
-        kwargs: Its keyword inputs.
+        model: Any module, also a compiled one, or one that is wrapped for distribution.
+        args: Inputs of the model. Without inputs the model does not run, and the report lists its
+            norms. That works on the meta device too.
+        kwargs: Inputs by name.
 
     Returns:
         A report that prints as a table.
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
-        Exception: what `model` raises, with a note: the norm calls until then, and what to exempt.
+        Exception: the error that `model` raises, with a note: the norm calls until then, and the
+            module to exempt.
     """
     check_is_module(model, "report")
     model = uncompiled(model)
@@ -82,5 +84,6 @@ def report(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Report:
     return Report((*recorder.counted(), *norms_among(uncalled, "not called")), training)
 
 
-# Wrappers come off in reverse order. Reentrant: a model may report on a part of itself.
+# Recorders are taken off in reverse order. The lock is reentrant: a model may report on a part of
+# itself.
 _one_at_a_time = threading.RLock()

@@ -1,7 +1,7 @@
-"""The line at exit: how many norm calls were lowered, and why others were not.
+"""The line at exit: the number of norm calls that were lowered, and why others were not.
 
-It counts decisions, which are made while a precision is active. Compiled code makes none when it
-runs: Dynamo makes them where it traces, and those are counted apart.
+It counts decisions, which are made while a precision is active. Compiled code makes no decision
+when it runs: Dynamo makes them while it traces, and these are counted apart.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from lpln_autopatch._torch_compat import (
 )
 
 calls: Counter[torch.dtype | str] = Counter()
-"""Calls in eager mode, by the dtype to which they were lowered, or the reason why they were not."""
+"""Calls in eager mode, by the dtype to which they were lowered, or by the reason why not."""
 
 traced: Counter[torch.dtype | str] = Counter()
-"""The same for the calls that Dynamo has traced, which run from then on uncounted."""
+"""Calls that Dynamo has traced, likewise. Their compiled code runs uncounted."""
 
-_everything = False  # Whether LPLN_SUMMARY asks for the line whatever it says.
+_everything = False  # LPLN_SUMMARY=1 asks for the line in any case.
 _counting = True
 
 
@@ -40,9 +40,9 @@ def install(everything: bool, names: ByName | None) -> None:
     """Count from now on, and print to stderr when the process ends.
 
     Args:
-        everything: What LPLN_SUMMARY asks for. Without it there is a line only if norms ran and
-            none was lowered, and counting ends with the first that is.
-        names: Those of LPLN_EXEMPT.
+        everything: Print the line in any case. False prints it only if norms ran and none was
+            lowered, so that counting ends with the first lowered call.
+        names: The names of LPLN_EXEMPT.
     """
     global _everything
     _everything = everything
@@ -103,7 +103,7 @@ def _count_traced(decision: torch.dtype | str) -> None:
 
 
 def _forget() -> None:
-    """In a forked child: the calls were its parent's."""
+    """Forget the calls in a forked child: its parent made them."""
     calls.clear()
     traced.clear()
 
@@ -149,9 +149,10 @@ def _none_lowered() -> str | None:
 
 
 def _others() -> str | None:
-    """Return which norms that nobody has asked for have got gradients, or None.
+    """Return a sentence about norms outside of LPLN_NORMS that were trained, or None.
 
-    Their functions and forwards are not exchanged, so that nothing has counted their calls.
+    Their functions and forwards are not exchanged, so that their calls are not counted. A gradient
+    shows that they ran.
     """
     asked = _forward.active.norms
     found = [
@@ -168,12 +169,12 @@ def _others() -> str | None:
 
 
 def _parameters(module: torch.nn.Module) -> list[torch.nn.Parameter | None]:
-    """Return its own; none, if its __init__ has failed."""
+    """Return the module's own parameters; [] if its `__init__` has failed."""
     return list(vars(module).get("_parameters", {}).values())
 
 
 def _norm_of(cls: type) -> str:
-    """Return the norm that a module of `cls` may compute besides LayerNorm, or ""."""
+    """Return the norm that modules of `cls` may compute, or ""."""
     if kinds.candidate(cls) is not None:
         return _forward.HAND_WRITTEN
     return next((n for n, name in _norms.MODULES.items() if cls.__name__ == name), "")

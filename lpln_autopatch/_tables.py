@@ -1,4 +1,4 @@
-"""How a report and a status look: as text, in a notebook, and in a note below an error."""
+"""Tables of a report and a status: as text, in a notebook, and in a note below an error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def text(table: Table) -> str:
 
 
 def html(table: Table, has_head: bool, below: str = "") -> str:
-    """Return the table for a notebook, and a line for each line `below` it."""
+    """Return the table for a notebook, then a line for each line of `below`."""
     lines = ["<table>"]
     for number, row in enumerate(table):
         tag = "th" if has_head and number == 0 else "td"
@@ -31,7 +31,7 @@ def html(table: Table, has_head: bool, below: str = "") -> str:
 
 
 def of_report(rows: Sequence[Row], training: bool | None) -> tuple[Table, str]:
-    """Return the table of a report, and what is said below it."""
+    """Return the table of a report, and the sentences below it."""
     if training is None:
         listed = [(row.name or "(the model)", row.norm, row.reason) for row in rows]
         ran = "Nothing was run. Only running tells what is lowered: report(model, *inputs)"
@@ -42,7 +42,7 @@ def of_report(rows: Sequence[Row], training: bool | None) -> tuple[Table, str]:
 
 
 def of_rows(rows: Sequence[Row]) -> list[Sequence[str]]:
-    """Return a row for each, below a head."""
+    """Return a table of norm calls with a head."""
     table: list[Sequence[str]] = [("name", "norm", "calls", "input", "output", "lowered", "reason")]
     for row in rows:
         given, got = (str(d or "-")[6:] or "-" for d in (row.input_dtype, row.output_dtype))
@@ -58,11 +58,11 @@ def _count(rows: Sequence[Row]) -> str:
 
 @contextlib.contextmanager
 def failure_noted(calls: Recorder) -> Iterator[None]:
-    """Add a note to what is raised inside: the norm calls until then, and what to exempt."""
+    """Add a note to an error raised inside: the norm calls until then, and the module to exempt."""
     try:
         yield
     except Exception as error:
-        # From Python 3.11 on this is `error.add_note`, and tracebacks show it.
+        # As `error.add_note` of Python 3.11 does. Tracebacks show it from there on.
         vars(error).setdefault("__notes__", []).append(f"lpln_autopatch: {_failure(calls)}")
         raise
 
@@ -74,7 +74,9 @@ def _failure(calls: Recorder) -> str:
     name, gave = last.name or "(the model)", str(last.output_dtype).removeprefix("torch.")
     sentence = f"The last norm that returned is {name}, in {gave}."
     if last.lowered:
-        sentence += f" If what failed takes float32 alone, keep that norm stock: {_exempt(last)}."
+        sentence += (
+            f" If the failed code takes only float32, keep that norm stock: {_exempt(last)}."
+        )
     return f"the norm calls until then:\n{text(of_rows(rows))}\n{_count(rows)}. {sentence}"
 
 

@@ -1,4 +1,4 @@
-"""Our environment variables: one that is misspelt, or has no effect by itself."""
+"""The names of our environment variables, and the search for one that has no effect."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def mistake(asks: Callable[[str], bool]) -> str | None:
     """Return a sentence about variables that are misspelt or lack LPLN_PRECISION, or None.
 
     Args:
-        asks: Says whether a value asks for anything.
+        asks: Returns True if a value asks for a precision, or for another effect.
     """
     main, *others = NAMES
     given = [name for name in os.environ if name.startswith("LPLN_")]
@@ -20,7 +20,7 @@ def mistake(asks: Callable[[str], bool]) -> str | None:
         return None
     for name in given:
         if name not in NAMES:
-            from difflib import get_close_matches  # torch has imported it
+            from difflib import get_close_matches  # costs nothing: torch has imported it
 
             stems = [our.removeprefix("LPLN_") for our in NAMES]
             meant = get_close_matches(name.removeprefix("LPLN_"), stems, 1, 0.75)
@@ -29,6 +29,6 @@ def mistake(asks: Callable[[str], bool]) -> str | None:
     alone = [name for name in others if asks(os.environ.get(name, ""))]
     if alone and main not in given:
         verb = "has" if len(alone) == 1 else "have"
-        what = f"{' and '.join(alone)} {verb} no effect at this import without {main}"
-        return f"{what}: did you mean {main}=amp, too?"
+        sentence = f"{' and '.join(alone)} {verb} no effect at this import without {main}"
+        return f"{sentence}: did you mean {main}=amp, too?"
     return None

@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 
 class LPLayerNorm(torch.nn.LayerNorm):
-    """A LayerNorm that runs in the autocast dtype by itself, whatever `enable` says.
+    """A LayerNorm that runs in the autocast dtype by itself, with or without `enable`.
 
-    Takes the arguments of `torch.nn.LayerNorm`, and:
+    It takes the arguments of `torch.nn.LayerNorm`, and two more.
 
     Args:
         precision: As for `enable`.
         backend: As for `enable`.
 
     Shape:
-        Those of `torch.nn.LayerNorm`; the output has the autocast dtype of the input's device
-        where a call is lowered, by the rules of docs/how-it-works.md.
+        As for `torch.nn.LayerNorm`. The output of a lowered call has the autocast dtype of the
+        input's device. docs/how-it-works.md has the rules.
 
     Raises:
         ValueError: precision or backend is not a valid name.
@@ -91,7 +91,7 @@ class LPLayerNorm(torch.nn.LayerNorm):
         original = vars(type(self)).get("_original")
         if original is None:
             return reduced
-        # The class was made here, and has no name under which it could be found again.
+        # The class was made at run time: pickle cannot find it by its name.
         return (_new_instance, (original,), *reduced[2:])
 
 
@@ -103,26 +103,25 @@ def apply_low_precision_layernorm(
 ) -> dict[str, torch.nn.LayerNorm]:
     """Lower the LayerNorms that are in `model` now, in place, and no others.
 
-    Each keeps everything but its class: parameters, hooks, sharing, names, training flag. So
-    nothing needs repair: not a DDP wrapper, not compiled code, not an optimizer. Subclasses that
-    inherit LayerNorm's forward are lowered too; those with a `forward` of their own, and instances
-    that carry one, are left alone. Applying it again replaces precision and backend.
+    Each keeps everything but its class: parameters, hooks, sharing, names, training flag. So DDP
+    wrappers, compiled code and optimizers stay valid. Subclasses that inherit LayerNorm's forward
+    are lowered too. A class or an instance with a `forward` of its own is left alone. A second call
+    replaces precision and backend.
 
     Args:
-        model: The module to change; may be a LayerNorm itself.
+        model: The module to change; it may be a LayerNorm itself.
         precision: As for `enable`; also Composer's `Precision` members.
-        optimizers: Not used: the parameters stay the same objects. Composer has the argument.
+        optimizers: Ignored: the parameters stay the same objects. Composer has this argument.
         backend: As for `enable`.
 
     Returns:
-        The modules that are lowered now, by qualified name; "" is `model` itself.
+        The lowered modules by qualified name; "" is `model` itself.
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
         ValueError: precision or backend is not a valid name; nothing has changed.
         ImportError: the backend cannot be used here; nothing has changed.
-        Exception: what a subclass of LayerNorm raises where it cannot be subclassed; nothing has
-            changed.
+        Exception: a subclass of LayerNorm refuses to be subclassed; nothing has changed.
 
     Source:
         MosaicML Composer, `apply_low_precision_layernorm`; differs in: the class is changed and
@@ -135,7 +134,7 @@ def apply_low_precision_layernorm(
         revert_low_precision_layernorm(model)
         return {}
     norms = [module for module in model.modules() if runs_torchs_forward(module)]
-    # All of them, before any module changes: a class may refuse to be subclassed.
+    # Make all classes before a module changes: a class may refuse to be subclassed.
     classes = [_low_precision_class(type(norm)) for norm in norms]
     for norm, cls in zip(norms, classes, strict=True):
         norm.__class__ = cls
@@ -154,7 +153,7 @@ def apply_low_precision_layernorm(
 
 
 def revert_low_precision_layernorm(model: torch.nn.Module) -> dict[str, torch.nn.LayerNorm]:
-    """Undo `apply_low_precision_layernorm` in `model`: each module has its class back.
+    """Undo `apply_low_precision_layernorm` in `model`, and give each module its class back.
 
     Args:
         model: The module to change.
@@ -190,7 +189,7 @@ def _parse(precision: object, backend: str) -> Request:
 
 
 def check_is_module(model: object, function: str) -> None:
-    """Refuse what is no module, as an argument of `function`."""
+    """Raise a TypeError if `model`, an argument of `function`, is no module."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{function}() takes a torch.nn.Module, not {type(model)}.")
 
@@ -201,7 +200,7 @@ def is_under_surgery(module: torch.nn.Module) -> bool:
 
 
 def runs_torchs_forward(module: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm]:
-    """Whether `module` is a LayerNorm that runs `torch.nn.LayerNorm.forward` as it is now."""
+    """Return True if `module` is a LayerNorm that runs the present `torch.nn.LayerNorm.forward`."""
     return (
         isinstance(module, torch.nn.LayerNorm)
         and type(module).forward is torch.nn.LayerNorm.forward
@@ -209,16 +208,16 @@ def runs_torchs_forward(module: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm
     )
 
 
-# What surgery changes, Dynamo treats as it treats the norms that it does not change.
+# Dynamo then treats an LPLayerNorm as it treats a LayerNorm.
 traced_like_torchs_own(LPLayerNorm.forward, torch.nn.modules.normalization)
 
-# Weak: a parametrization makes a class for every module, and ours goes when that is gone.
+# Weak: a parametrization makes a class for each module, and our class for it must go with it.
 _classes: MutableMapping[type[torch.nn.LayerNorm], type[LPLayerNorm]]
 _classes = weakref.WeakValueDictionary({torch.nn.LayerNorm: LPLayerNorm})
 
 
 def _low_precision_class(original: type[torch.nn.LayerNorm]) -> type[LPLayerNorm]:
-    """`LPLayerNorm`, or for a subclass of LayerNorm a class that is both."""
+    """Return LPLayerNorm, or for a subclass of LayerNorm a class that derives from both."""
     made = _classes.get(original)
     if made is None:
         members = {"_original": original, "__module__": original.__module__}
@@ -233,5 +232,8 @@ def _new_instance(original: type[torch.nn.LayerNorm]) -> LPLayerNorm:
 
 
 def _original_class(cls: type[torch.nn.Module]) -> type[torch.nn.LayerNorm] | None:
-    """What `cls` was made of here. None if it was not, as a user's subclass of LPLayerNorm."""
+    """Return the class from which surgery made `cls`, or None for any other class.
+
+    A user's own subclass of LPLayerNorm is such another class.
+    """
     return torch.nn.LayerNorm if cls is LPLayerNorm else vars(cls).get("_original")

@@ -1,11 +1,12 @@
-"""Activate lpln_autopatch where torch does not load entry points (torch < 2.5, or
-TORCH_DEVICE_BACKEND_AUTOLOAD=0):
+"""Activate lpln_autopatch also where torch loads no entry points.
+
+That is the case before torch 2.5, and with TORCH_DEVICE_BACKEND_AUTOLOAD=0:
 
     PYTHONPATH=sitecustomize_example LPLN_PRECISION=amp python train.py
 
-Python imports this module when it starts. Nothing happens until the program imports torch; with
-LPLN_PRECISION unset, nothing at all. A `sitecustomize` that this one shadows still runs.
-`lpln run train.py` does all this by itself.
+Python imports this module when it starts. It acts when the program imports torch, and with
+LPLN_PRECISION unset it does nothing. A `sitecustomize` that this module shadows still runs.
+`lpln run train.py` sets all of this by itself.
 """
 
 import os
@@ -15,7 +16,7 @@ from importlib.util import module_from_spec
 
 
 class _RefuseTorch:
-    """Stops a program that imports torch. What goes wrong in a sitecustomize Python only prints."""
+    """Stops a program that imports torch: Python only prints the errors of a sitecustomize."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -24,7 +25,7 @@ class _RefuseTorch:
 
 
 def _on_torch_import(torch):
-    # Here: lpln_autopatch is imported with torch, not in every Python that starts.
+    # Imported only here, and not in every Python that starts.
     try:
         from lpln_autopatch._autoload import on_torch_import
     except ImportError as error:
@@ -46,7 +47,7 @@ def _activate_when_torch_is_imported():
 def _run_shadowed_sitecustomize():
     here = os.path.dirname(os.path.realpath(__file__))
     path = [os.path.realpath(entry) for entry in sys.path]
-    # Behind the last entry that is this folder: by another name it may be there twice.
+    # Search behind the last entry of this folder, which may be on the path by several names.
     behind = len(path) - path[::-1].index(here)
     spec = PathFinder.find_spec("sitecustomize", sys.path[behind:])
     if spec is not None and spec.loader is not None:

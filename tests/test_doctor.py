@@ -28,10 +28,10 @@ if TORCH_VERSION < (2, 5):
 # Both outputs of one diagnosis, and the exit status of both.
 BOTH = """
 import contextlib, sys
-from lpln_autopatch import __main__, doctor
+from lpln_autopatch import __main__, _doctor
 with contextlib.redirect_stdout(sys.stderr):
-    found = doctor.diagnose()
-doctor.diagnose = lambda: found
+    found = _doctor.diagnose()
+_doctor.diagnose = lambda: found
 as_json = __main__.main(["--json"])
 print("---")
 as_text = __main__.main([])
@@ -161,7 +161,11 @@ def test_old_wrapt_is_a_problem(tmp_path):
 @pytest.mark.parametrize(
     ("call", "environment", "problem"),
     [
-        ("enable('bf16')", {"LPLN_PRECISION": "amp"}, "What is in force comes from enable in this"),
+        (
+            "enable('bf16')",
+            {"LPLN_PRECISION": "amp"},
+            "The active request comes from enable in this",
+        ),
         ("enable('bf16')", {}, None),
         ("enable('fp32')", {}, None),
         ("enable('bf16')", {"LPLN_PRECISION": "amp", **A_ROUTE}, None),
@@ -227,7 +231,7 @@ def test_doctor_prints_sections_and_a_verdict():
     lines = result.stdout.splitlines()
     titles = [line for line in lines if line and not line.startswith(" ")]
     assert titles == [
-        *("versions", "environment", "in force", "routes", "backends", "devices"),
+        *("versions", "environment", "active", "routes", "backends", "devices"),
         "LayerNorm is lowered: precision amp, by the route sitecustomize.",
     ]
     rows = [tuple(line.split(maxsplit=1)) for line in lines if line.startswith(" ")]

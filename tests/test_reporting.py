@@ -567,7 +567,7 @@ def test_model_that_raises_is_noted_on_its_own_exception():
         "blocks.0  layer_norm  1      float32   bfloat16  yes",
         "blocks.1  layer_norm  1      bfloat16  bfloat16  yes",
         "2 of 2 norm calls are lowered. The last norm that returned is blocks.1, in bfloat16. "
-        "If what failed takes float32 alone, keep that norm stock: "
+        "If the failed code takes only float32, keep that norm stock: "
         "exempt(model.get_submodule('blocks.1')), or LPLN_EXEMPT=blocks.1.",
     ]
     # On the CPU a stock norm gives bfloat16 for bfloat16.

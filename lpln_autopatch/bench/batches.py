@@ -1,4 +1,4 @@
-"""What a model reads, and the loss of what it gives."""
+"""Batches for models, and the losses of their outputs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MAKE_BATCH = (
     "make_batch(self, items, length, device), a method that gives the arguments of its forward by "
     "name, such as {'x': torch.randn(items, 3, 224, 224, device=device)}"
 )
-"""What makes the batches of a model that is neither timm's nor transformers'."""
+"""The method that a model from elsewhere than timm and transformers needs, for messages."""
 
 
 def batch_of(model: Any, items: int, length: int, device: str | torch.device) -> dict[str, Any]:
-    """The arguments of the forward of `model`, of timm's, transformers' or its own, by name."""
+    """Return the arguments of the forward of `model`, by name."""
     if hasattr(model, "make_batch"):
         own: dict[str, Any] = model.make_batch(items, length, device)
         return own
@@ -28,25 +28,25 @@ def batch_of(model: Any, items: int, length: int, device: str | torch.device) ->
         return torch.randn(shape, device=device)
 
     config = getattr(model, "config", None)
-    if config is None:  # timm's
+    if config is None:  # a model of timm
         argument = next(iter(inspect.signature(model.forward).parameters))
         return {argument: numbers(items, *model.pretrained_cfg["input_size"])}
     vision: Any = getattr(config, "vision_config", config)
     side: Any = getattr(vision, "image_size", None)
     images: Any = (items, getattr(vision, "num_channels", 3), side, side)
-    if vision is not config:  # CLIP's
+    if vision is not config:  # CLIP
         tokens = integers(items, config.text_config.max_position_embeddings)
         return {"input_ids": tokens, "pixel_values": numbers(*images), "return_loss": True}
     if model.main_input_name == "pixel_values":
         return {"pixel_values": numbers(*images), "labels": integers(items)}
-    if model.main_input_name == "input_features":  # Whisper's: 30 s
+    if model.main_input_name == "input_features":  # Whisper: 30 s
         sound = numbers(items, config.num_mel_bins, 2 * config.max_source_positions)
         return {"input_features": sound, "labels": integers(items, length)}
     return {"input_ids": integers(items, length), "labels": integers(items, length)}
 
 
 def why_not_fed(model: Any) -> str | None:
-    """Why no batch can be made for `model`, in a line, or None."""
+    """Return the reason, in a line, why no batch can be made for `model`, or None."""
     own = hasattr(model, "make_batch")
     if not own and not hasattr(model, "config") and not hasattr(model, "pretrained_cfg"):
         return f"{type(model).__name__} has no {MAKE_BATCH}"
@@ -61,7 +61,7 @@ def why_not_fed(model: Any) -> str | None:
 
 
 def loss_of(output: Any) -> torch.Tensor:
-    """The loss that a model gives, or that of what it gives: of classes, or of a regression."""
+    """Return the loss in a model's `output`, or a loss of classes or of a regression from it."""
     loss: torch.Tensor | None = getattr(output, "loss", None)
     if loss is not None:
         return loss

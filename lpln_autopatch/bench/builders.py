@@ -1,4 +1,4 @@
-"""Models of the zoo that a configuration alone does not make, each with its batches."""
+"""Builders of the zoo's models that need more than a configuration, each with its batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def dit_xl_2(**config: Any) -> torch.nn.Module:
-    """DiT-XL/2 of diffusers, on latents of 256 x 256 pixels."""
+    """Return DiT-XL/2 of diffusers, on latents of 256 x 256 pixels."""
     sizes = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28}
     sizes |= {"in_channels": 4, "out_channels": 8, "sample_size": 32, **config}
     model: Any = import_module("diffusers").DiTTransformer2DModel(**sizes)
@@ -25,7 +25,7 @@ def dit_xl_2(**config: Any) -> torch.nn.Module:
 
 
 def stable_diffusion_unet(**config: Any) -> torch.nn.Module:
-    """The UNet of Stable Diffusion 1.5, on latents of 512 x 512 pixels and 77 tokens."""
+    """Return the UNet of Stable Diffusion 1.5, on latents of 512 x 512 pixels and 77 tokens."""
     sizes = {"sample_size": 64, "cross_attention_dim": 768, **config}
     model: Any = import_module("diffusers").UNet2DConditionModel(**sizes)
 
@@ -41,7 +41,7 @@ def stable_diffusion_unet(**config: Any) -> torch.nn.Module:
 
 
 def sam2_memory_encoder(**config: Any) -> torch.nn.Module:
-    """The memory encoder of SAM 2, on features of 64 x 64 and masks of 1024 x 1024 pixels."""
+    """Return the memory encoder of SAM 2, on 64 x 64 features and masks of 1024 x 1024 pixels."""
     video: Any = import_module("transformers.models.sam2_video.modeling_sam2_video")
     configuration = import_module("transformers").Sam2VideoConfig(**config)
     model: Any = video.Sam2VideoMemoryEncoder(configuration)
@@ -57,7 +57,7 @@ def sam2_memory_encoder(**config: Any) -> torch.nn.Module:
 
 
 def open_clip_vit_b_32(**config: Any) -> torch.nn.Module:
-    """CLIP ViT-B/32 of open_clip, whose LayerNorm casts back to the dtype of its input."""
+    """Return CLIP ViT-B/32 of open_clip, whose LayerNorm casts back to the dtype of its input."""
     options = {"device": torch.get_default_device(), **config}
     model: Any = import_module("open_clip").create_model("ViT-B-32", **options)
 

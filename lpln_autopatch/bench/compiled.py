@@ -1,7 +1,7 @@
-"""What torch.compile makes of a training step, counted from its graphs; nothing is built or run.
+"""A training step under torch.compile, counted from its graphs; no kernel is built or run.
 
-On the CPU, whose tensors hold no data, under CUDA's policy: Dynamo, AOTAutograd with its
-partitioner, and Inductor as far as its scheduler, which fuses operators into kernels.
+Dynamo, AOTAutograd with its partitioner, and Inductor up to its scheduler, which fuses operators
+into kernels, run on CPU tensors that hold no data, under CUDA's autocast policy.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from lpln_autopatch.bench.policy import policy
 
 
 def count(entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype) -> dict[str, float]:
-    """Compile a training step of `model`, and count what comes out.
+    """Compile a training step of `model`, and count its bytes, kernels and graphs.
 
     Returns:
-        kept: bytes that the forward graphs hand to the backward graphs, no parameters, no casts of
-        them, each storage once; moved: bytes that Inductor's kernels and PyTorch's operators
-        between them read and write; kernels: how many of both there are; graphs: forward and
-        backward ones, more than two where Dynamo broke the model.
+        kept: bytes that the forward graphs hand to the backward graphs, each storage once, without
+        parameters and casts of them; moved: bytes that Inductor's kernels, and PyTorch's operators
+        between them, read and write; kernels: their number, of both kinds; graphs: the number of
+        forward and backward graphs, which is more than two after a graph break.
     """
     from torch._functorch._aot_autograd.utils import make_boxed_func
     from torch._inductor.compile_fx import compile_fx
@@ -54,7 +54,7 @@ def count(entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype) -> dict[
 
 
 def _kept(gm: Any) -> int:
-    """Bytes of what a forward graph gives beyond what the model does."""
+    """Return the bytes of the tensors that a forward graph returns besides the model's outputs."""
     metadata: Any = torch._guards.TracingContext.get().fw_metadata
     outputs = gm.graph.output_node().args[0][metadata.num_forward_returns :]
     kept: dict[int, int] = {}
@@ -68,14 +68,14 @@ def _kept(gm: Any) -> int:
 
 
 def _comes_from_an_input_alone(node: Any) -> bool:
-    """A parameter, or a cast or a view of one."""
+    """Return True for a parameter, or a cast or a view of one."""
     while node.op == "call_function" and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
     return bool(node.op == "placeholder")
 
 
 def _schedule(gm: Any, inputs: Any, is_backward: bool, counts: dict[str, float]) -> None:
-    """What `compile_fx_inner` does up to the scheduler, and the counts of its kernels."""
+    """Do as `compile_fx_inner` does up to the scheduler, and add its kernels to `counts`."""
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V

@@ -1,7 +1,7 @@
-"""What a training step does under CUDA's autocast, counted without a GPU: no clock, no chance.
+"""A training step under CUDA's autocast, counted without a GPU: no clock, no chance.
 
-Eager on the emulated accelerator, where our own accelerator path runs; compiled by what
-AOTAutograd's partitioner keeps and what Inductor makes of it.
+An eager step runs on the emulated accelerator, by our own path for accelerators. A compiled step is
+counted from the graphs of AOTAutograd and Inductor.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COLUMNS = {
 }
 MORE_COLUMNS: dict[str, dict[str, str]] = {"eager": {"least_ms": "least ms"}, "compiled": {}}
 MORE_CONTENDERS = ("fused", "recipe")
-"""What the table shows with --all-columns alone."""
+"""The contenders that the table shows only with --all-columns."""
 
 
 def run(options: Namespace, progress: Progress) -> list[Row]:
@@ -105,7 +105,7 @@ def _eager(entry: zoo.Entry, model: torch.nn.Module, dtype: torch.dtype) -> dict
 
 
 def table(rows: Sequence[Row], options: Namespace) -> str:
-    """Print a line for each model, in Markdown: stock in GiB, the others as ratios to it."""
+    """Return a line for each model, in Markdown: stock in GiB, the others as ratios to it."""
     from tabulate import tabulate
 
     blocks: list[str] = []

@@ -1,4 +1,4 @@
-"""What a training step does, counted: operators, bytes moved, bytes kept, the peak."""
+"""Counts of a training step: operators, bytes moved, bytes kept, the peak."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NORMS = (
     "emulated::rms_norm",
     "emulated::norm_",
 )
-NOT_A_CALL = ("_backward", "_slots", "_reduce")  # ends of the names of a norm's other kernels
+NOT_A_CALL = ("_backward", "_slots", "_reduce")  # suffixes of a norm's other kernels
 COUNTED = "operators moved norms casts kept flops least_ms peak norm_calls lowered_calls"
 CAST = "_to_copy"
 BANDWIDTH, RATE = 2.0e12, 312e12  # of an A100's memory, in bytes, and of its units, in FLOP
@@ -83,14 +83,14 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    """What a kernel that reads all of `tensor` reads: an expanded dimension once."""
+    """Return the bytes that a kernel reads of `tensor`: an expanded dimension counts once."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride or not size else 1
     return count * tensor.element_size()
 
 
-# They give a new tensor and touch no memory: what fills it is counted.
+# They return a new tensor without touching its memory: the operator that fills it is counted.
 _ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
@@ -106,16 +106,17 @@ def _is_a_kernel(func: Any, outputs: list[torch.Tensor]) -> bool:
 def count(
     forward: Callable[[], torch.Tensor], model: torch.nn.Module, policy: Policy, batch: Any
 ) -> dict[str, float]:
-    """Run a training step, `forward` and the backward of the loss that it gives, and count it.
+    """Run a training step, `forward` and the backward of the loss that it returns, and count it.
 
     Returns:
-        operators: that read or write memory: no views, no questions about a tensor; flops: of
-        matrix products, convolutions and attention. In bytes, each operand of an operator once:
-        moved, what they read and write; norms and casts, their share of it; kept, what autograd
-        keeps from forward to backward, no parameters, no cached casts of them, each storage once;
-        peak, the most that was alive at once, parameters and their gradients included. norm_calls:
-        norms run in forward; lowered_calls: those of them that give the autocast dtype. least_ms,
-        a bound, no measurement: the sum over operators of what an A100 needs for either.
+        operators: operators that read or write memory; views are none. flops: FLOPs of matrix
+        products, convolutions and attention. moved: bytes that operators read and write, each
+        operand of an operator once. norms, casts: the shares of norms and casts in moved. kept:
+        bytes that autograd keeps from forward to backward, each storage once, without parameters
+        and cached casts of them. peak: the most bytes that were alive at once, with parameters and
+        their gradients. norm_calls: norms that ran in forward. lowered_calls: norms that ran and
+        returned the autocast dtype. least_ms: a bound, no measurement: the sum over operators of
+        the time that an A100 needs at least for their bytes or FLOPs.
     """
     state = [*model.parameters(), *model.buffers()]
     parameters = {tensor.untyped_storage()._cdata for tensor in model.parameters()}

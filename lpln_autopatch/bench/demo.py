@@ -1,4 +1,4 @@
-"""The end of `make demo`: the two trainings side by side, the counts, and what both say."""
+"""The end of `make demo`: both trainings side by side, the counts, and a conclusion."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Counts = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def main(folder: Path) -> int:
-    """Print what the steps before have written into `folder`, and what follows."""
+    """Print the figures that the trainings and the count have written into `folder`."""
     stock, lowered = (_summary(folder / f"{name}.tsv") for name in ("stock", "lowered"))
     counts = _counts(json.loads((folder / "count.json").read_text())["suites"]["count"])
     print("\n".join(["", *trainings(stock, lowered), "", *table(counts), ""]))
@@ -27,9 +27,9 @@ def main(folder: Path) -> int:
 
 
 def trainings(stock: Summary, lowered: Summary) -> list[str]:
-    """Return a line for each figure of the small model's trainings.
+    """Return a line for each figure of the small model's trainings, but none for speed.
 
-    Not the speed: two runs, one after the other, compare none.
+    Speed differs by chance between two runs that follow each other.
     """
     rows = [("a small model, trained on this machine", "stock", "LPLN_PRECISION=amp")]
     rows += [(name, stock[name], lowered[name]) for name in stock if "per second" not in name]
@@ -55,7 +55,7 @@ def table(counts: Counts) -> list[str]:
 
 
 def conclusion(stock: Summary, lowered: Summary, counts: Counts) -> str:
-    """Return what the figures say, in a sentence or two."""
+    """Return the conclusion from the figures, in two sentences."""
     one, other = float(stock[LOSS]), float(lowered[LOSS])
     shares = [
         f"{model} keeps {_less(of, 'kept')} and moves {_less(of, 'moved')}"

@@ -1,7 +1,7 @@
 """An accelerator that computes shapes and dtypes alone, with CUDA's autocast policy.
 
-A device that is not the CPU, made in Python: a model of any size runs forward and backward on it
-in seconds, and takes the ways that it takes on a GPU.
+It is a device made in Python. A model of any size runs forward and backward on it in
+seconds. Because the device is not the CPU, the model and our code take their branches for a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lpln_autopatch.bench.policy import Policy, policy
 NAME = "emulated"
 
 
-# What torch asks a module of devices for, as `torch.emulated`.
+# torch calls these functions of a module of devices; ours becomes `torch.emulated`.
 _DEVICE = SimpleNamespace(
     is_available=lambda: True,
     is_initialized=lambda: True,
@@ -34,9 +34,9 @@ _DEVICE = SimpleNamespace(
 
 @functools.cache
 def add_device() -> None:
-    """Give this process its accelerator; nothing takes it away again.
+    """Give this process the accelerator, for good.
 
-    Before the first backward: autograd makes a queue for every device that there is then.
+    Call it before the first backward, in which autograd makes a queue for each existing device.
     """
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -53,7 +53,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """The kernel that a GPU would take: flash, or with a mask or in float32 the efficient one."""
+    """Run the kernel that a GPU would: flash, or with a mask or in float32 the efficient kernel."""
     aten: Any = torch.ops.aten
     if enable_gqa and key.shape[1] != query.shape[1]:
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
@@ -72,14 +72,14 @@ def _attention(
 
 
 def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: Any = None) -> Tensor:
-    """One kernel, as CUDA has it since torch 2.9; on a device made in Python torch has ten."""
+    """Run RMSNorm as one kernel, as CUDA does since torch 2.9. Without it torch would run ten."""
     y: Tensor = _rms_norm_kernel()(x, weight)[0]
     return y
 
 
 @functools.cache
 def _rms_norm_kernel() -> Any:
-    """A differentiable RMSNorm, which keeps x, weight, and 1 / rms of each row."""
+    """Return a differentiable RMSNorm, which keeps x, weight, and 1 / rms of each row."""
 
     @torch.library.custom_op(f"{NAME}::rms_norm", mutates_args=())
     def forward(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ def _rms_norm_kernel() -> Any:
         return torch.empty_like(x), torch.empty_like(x[0] if weight is None else weight)
 
     def keep(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.set_materialize_grads(False)  # of rstd there is none
+        ctx.set_materialize_grads(False)  # rstd has no gradient
         x, weight = inputs
         ctx.save_for_backward(x, output[1], weight)
 
@@ -108,7 +108,7 @@ def _rms_norm_kernel() -> Any:
 
 @contextlib.contextmanager
 def accelerator() -> Iterator[Policy]:
-    """Have the device "emulated" and CUDA's policy on it, with tensors that hold no data."""
+    """Provide the device "emulated", with CUDA's policy and with tensors that hold no data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     add_device()

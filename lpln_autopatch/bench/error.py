@@ -2,8 +2,8 @@
 
     python -m lpln_autopatch.bench.error [--device cuda] [--rows 4096] [--compiled]
 
-Relative error (norm of the difference over the norm) of the output and of each gradient. Stock's
-output is rounded to the autocast dtype, as the next matrix product would.
+It prints the relative error, norm of the difference over the norm, of the output and of each
+gradient. Stock's output is rounded to the autocast dtype first, as the next matrix product would.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ COLUMNS = ("output", "grad x", "grad weight", "grad bias")
 
 
 def main() -> None:
+    """Print the errors of all contenders."""
     parser = Parser(
         prog="python -m lpln_autopatch.bench.error",
         description="Compare the error of a LayerNorm against float64.",

@@ -1,8 +1,8 @@
-"""What small models learn, stock and lowered: does it cost quality, does it spike?
+"""Trainings of small models, stock and lowered: does lowering cost quality, do losses spike?
 
-The model of docs/examples on the sources of Python's standard library; under `--policy cuda` also
-a ViT on scikit-learn's digits, and
-Llama and OLMo 2 of transformers. From a seed all contenders get the same weights and batches.
+The model of docs/examples learns the sources of Python's standard library. `--policy cuda` adds a
+ViT on scikit-learn's digits, and Llama and OLMo 2 of transformers. From a seed all contenders get
+the same weights and batches.
 """
 
 from __future__ import annotations
@@ -50,14 +50,12 @@ T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 FLOAT32 = Contender("float32")
 STOCK = Contender("stock", StockLayerNorm)
 LOWERED = Contender("lowered", backend="auto")
-
-
 HAND_WRITTEN = {"llama": "LlamaConfig", "olmo2": "Olmo2Config"}
-"""Tasks whose models write their norms out, before and behind a block: their configurations."""
+"""Tasks whose models have hand-written norms, before or after a block: their configurations."""
 
 
 def contenders(options: Namespace, task: str) -> list[Contender]:
-    """Stock and lowered; under CUDA's policy by every arithmetic that ours has on a GPU."""
+    """Return stock and lowered; under CUDA's policy, lowered by the arithmetic of each backend."""
     if options.policy is None:
         return [STOCK, LOWERED]
     if task in HAND_WRITTEN:
@@ -72,7 +70,7 @@ def contenders(options: Namespace, task: str) -> list[Contender]:
 
 
 def run(options: Namespace, progress: Progress) -> list[Row]:
-    """Train all from every seed, on every task, in every autocast dtype."""
+    """Train each contender from every seed, on every task, in every autocast dtype."""
     every = tasks(options)
     known = {n for _, task, dtype in every for n, _ in task(dtype, 0).model.named_modules()}
     for name in options.exempt or ():
@@ -92,7 +90,7 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
 
 
 def tasks(options: Namespace) -> list[tuple[dict[str, Any], Callable[..., Any], torch.dtype]]:
-    """The cases, each with what makes its training from a dtype and a seed, and its dtype."""
+    """Return the cases, each with a function that makes its training, and its dtype."""
     under_policy, on_cpu = options.policy is not None, options.device.type == "cpu"
     few = 3 if on_cpu and not under_policy else 5
     both = [torch.bfloat16, torch.float16]
@@ -105,7 +103,7 @@ def tasks(options: Namespace) -> list[tuple[dict[str, Any], Callable[..., Any], 
         case = {"task": name, "autocast": short(dtype), "steps": steps, "seeds": seeds}
         return case, partial(make, steps), dtype
 
-    # On CPU float16 has few kernels, and a step of it takes many times one of bfloat16.
+    # The CPU has few kernels for float16: a step takes many times one in bfloat16.
     dtypes = options.dtypes or (both[:1] if on_cpu else both)
     steps = 1000 if under_policy else 200 if on_cpu else 400
     found = [task("text", partial(_text, options), dtype, steps) for dtype in dtypes]
@@ -126,7 +124,7 @@ def measure(
     options: Namespace,
     progress: Progress,
 ) -> list[Row]:
-    """Train all contenders from every seed of `case`."""
+    """Train each contender from every seed of `case`."""
 
     def learn(contender: Contender) -> tuple[list[list[float]], dict[str, Figure]]:
         autocast = torch.float32 if contender is FLOAT32 else dtype
@@ -171,9 +169,9 @@ def _text(options: Namespace, steps: int, dtype: torch.dtype, seed: int) -> Any:
 def _train(
     training: Any, contender: Contender, progress: Progress
 ) -> tuple[list[float], set[torch.dtype], float, int]:
-    """Losses, the dtypes that the LayerNorms gave, the last tenth's gradient norm, skipped steps.
+    """Return losses, output dtypes of norms, the last tenth's gradient norm, skipped steps.
 
-    The first loss, of the untrained model, must be what float64 gives.
+    The first loss, of the untrained model, must be the loss in float64.
     """
     exact = _loss_in_float64(training)
     dtypes = _recorded_dtypes(training.model)
@@ -181,10 +179,12 @@ def _train(
     norms: list[float] = []
     skipped, scale = 0, training.scaler.get_scale()
     steps = training.args.steps
-    # To nothing at the end: the loss flattens, and what differs between contenders is seen.
+    # The rate falls to 0, so that the loss flattens and shows the difference of contenders.
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(training.optimizer, steps)
     with contender.applied(training.model), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*autocast.*")  # to float32, of that contender
+        warnings.filterwarnings(
+            "ignore", message=".*autocast.*"
+        )  # the contender float32 autocasts to it
         warnings.filterwarnings("ignore", message=".*lr_scheduler.*")  # the first step was skipped
         for step in range(steps):
             losses.append(training.step())
@@ -198,12 +198,12 @@ def _train(
     error = relative_error(losses[0], exact)
     limit = 4 * torch.finfo(getattr(torch, training.args.dtype)).eps
     require({"the first loss": error}, {"the first loss": max(limit, 1e-5)})
-    # Further digits are noise.
+    # More digits would be noise.
     return [round(loss.item(), 5) for loss in losses], dtypes, statistics.fmean(norms), skipped
 
 
 def _recorded_dtypes(model: torch.nn.Module) -> set[torch.dtype]:
-    """A set that collects the dtypes of what the norms of `model` give."""
+    """Return a set that collects the output dtypes of the norms of `model`."""
     dtypes: set[torch.dtype] = example().record_layernorm_dtypes(model)
     for module in model.modules():
         if kinds.candidate(type(module)) is not None:
@@ -212,7 +212,7 @@ def _recorded_dtypes(model: torch.nn.Module) -> set[torch.dtype]:
 
 
 def _loss_in_float64(training: Any) -> torch.Tensor:
-    """The loss of the next batch, which the training still gets."""
+    """Return the loss of the next batch in float64; the training still gets that batch."""
     state = training.generator.get_state()
     batch = training.batch()
     training.generator.set_state(state)
@@ -225,7 +225,7 @@ def _loss_in_float64(training: Any) -> torch.Tensor:
 def _figures(
     curves: Sequence[Sequence[float]], stock: Sequence[Sequence[float]]
 ) -> dict[str, Figure]:
-    """Final losses (means of the last tenth of the steps) over the seeds, beside those of stock."""
+    """Return the figures of the final losses, which are means of the last tenth of the steps."""
     final, stocks = (
         [statistics.fmean(c[-(len(c) // 10) :]) for c in each] for each in (curves, stock)
     )
@@ -243,6 +243,6 @@ def _figures(
 
 
 def _largest_rise(curve: Sequence[float], window: int = 10) -> float:
-    """How far a loss is above the mean of the ten before it, at most: a spike."""
+    """Return the largest rise of a loss above the mean of the ten losses before it: a spike."""
     before = (curve[i - window : i] for i in range(window, len(curve)))
     return max(loss - statistics.fmean(b) for loss, b in zip(curve[window:], before, strict=True))

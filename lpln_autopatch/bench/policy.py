@@ -1,7 +1,7 @@
-"""CUDA's autocast policy on another device, from the lists of the torch that is installed.
+"""CUDA's autocast policy on another device, from the lists of the installed torch.
 
 torch ships the lists as macros of a C++ header. Each operator of a list gets a kernel that casts
-what CUDA's casts: on the CPU with real numbers, or on the emulated accelerator.
+as CUDA's kernel does: on the CPU with real numbers, or on the emulated accelerator.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ LISTS = {
     "AT_FORALL_DIFFERENT_REDISPATCH_SIGNATURE": "float32 by overload",
     "AT_FORALL_PROMOTE": "widest",
 }
-"""The header's macros, and what each does to the operators in it."""
+"""The header's macros, and the dtype in which the operators of each run."""
 OVERLOADS_WITH_DTYPE = {"Scalar": "ScalarOpt_dtype", "ScalarOpt_dim": "ScalarOpt_dim_dtype"}
 
 
 def lists() -> dict[str, str]:
-    """The rule of every operator on CUDA's lists, by `name` or `name.overload`."""
+    """Return the rule of every operator on CUDA's lists, by `name` or `name.overload`."""
     text = HEADER.read_text() if HEADER.exists() else ""
     rules: dict[str, str] = {}
     for macro, rule in LISTS.items():
@@ -53,7 +53,7 @@ class Policy:
         self._casts: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
 
     def register(self, library: Any) -> None:
-        """Give every operator its kernel; those that only another list has fall through."""
+        """Give each operator on CUDA's lists its kernel; no other operator casts."""
         rules = lists()
         for name in torch._C._dispatch_get_all_op_names():
             namespace, _, short = name.partition("::")
@@ -65,7 +65,7 @@ class Policy:
                 library.impl(short, torch.library.fallthrough_kernel)
 
     def is_cast_of_weight(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` lies in a cast that the region keeps."""
+        """Return True if `tensor` lies in a cast that autocast's cache of weights holds."""
         storage = tensor.untyped_storage()._cdata
         return any(cast.untyped_storage()._cdata == storage for _, cast in self._casts.values())
 
@@ -106,7 +106,7 @@ class Policy:
             return [self._cast(each, dtype) for each in value]
         if not self._eligible(value) or value.dtype is dtype:
             return value
-        # As cached_cast in autocast_mode.cpp: leaves that want a gradient, for one region.
+        # As cached_cast in autocast_mode.cpp does for leaves that want a gradient.
         cacheable = (
             value.dtype is torch.float32
             and dtype is torch.get_autocast_dtype(self.device_type)
@@ -133,10 +133,10 @@ def _in_float32(operator: Any, target: Any, args: Any, kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def policy(device_type: str = "cpu") -> Iterator[Policy]:
-    """Have autocast do on `device_type` what it does on CUDA, the cache of weights included.
+    """Give autocast on `device_type` the policy that it has on CUDA, with the cache of weights.
 
-    Everything that runs inside casts as CUDA's lists say, in eager mode and in what is compiled
-    inside. What was compiled outside must not be run inside, nor the reverse.
+    Eager code, and code that is compiled inside the block, casts by CUDA's lists. Do not run code
+    inside that was compiled outside, nor the reverse.
 
     Raises:
         RuntimeError: this torch has no such lists.
@@ -154,7 +154,7 @@ def policy(device_type: str = "cpu") -> Iterator[Policy]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(O|o)verrid.*")
             chosen.register(library)
-            if device_type != "cpu":  # a new device has no kernel for what is on no list
+            if device_type != "cpu":  # a new device has no kernel for operators on no list
                 others.fallback(torch.library.fallthrough_kernel)
         torch.clear_autocast_cache = clear_both
         yield chosen

@@ -1,4 +1,4 @@
-"""Norms to compare with: Composer's, and what our backends compute on a GPU, on any device."""
+"""Norms for comparison: Composer's, and the arithmetic of our backends on a GPU, on any device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lpln_autopatch.backends.fused.recovery import WORST_RATIO
 
 
 class ComposerRecipe(torch.nn.LayerNorm):
-    """Cast x, weight and bias, then normalise.
+    """Composer's LayerNorm: cast x, weight and bias, then normalise.
 
     Source:
         MosaicML Composer, `LPLayerNorm`; differs in: autocast is asked about the device of x,
@@ -29,7 +29,7 @@ class ComposerRecipe(torch.nn.LayerNorm):
 
 
 class ComposerGroupNorm(torch.nn.GroupNorm):
-    """The same for GroupNorm.
+    """Composer's GroupNorm.
 
     Source:
         MosaicML Composer, `LPGroupNorm`; differs as `ComposerRecipe` does.
@@ -42,10 +42,10 @@ class ComposerGroupNorm(torch.nn.GroupNorm):
 
 
 class AcceleratorRecipe(torch.nn.LayerNorm):
-    """What `native` computes on an accelerator, and Composer's recipe: all three rounded first.
+    """The arithmetic of `native` and of Composer on an accelerator: it rounds all operands first.
 
-    The CPU's own kernel for a low-precision x sums the parameters' gradients in low precision.
-    CUDA's sums them in float32 and rounds once: so does this.
+    For a low-precision x the CPU's own kernel sums the parameters' gradients in low precision.
+    CUDA's kernel, as this class, sums them in float32 and rounds once.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class AcceleratorRecipe(torch.nn.LayerNorm):
 
 
 class AcceleratorRMSNorm(torch.nn.Module):
-    """The same for an RMSNorm that has the attributes of transformers' Llama's."""
+    """The arithmetic of `native` on an accelerator, for RMSNorms with the attributes of Llama's."""
 
     weight: Tensor
     variance_epsilon: float
@@ -75,9 +75,9 @@ class AcceleratorRMSNorm(torch.nn.Module):
 
 
 class _RoundedXhat(torch.autograd.Function):
-    """What the kernels of `fused` and `lean` compute, in operators of PyTorch's, for a float32 x.
+    """The arithmetic of the kernels of `fused` and `lean`, in PyTorch's operators, for a float32 x.
 
-    `lean` recovers xhat from y where |bias| is not too large beside |weight|.
+    `lean` recovers xhat from y if |bias| is not too large beside |weight|.
     """
 
     @staticmethod
@@ -104,14 +104,14 @@ class _RoundedXhat(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         xhat, weight, rstd = ctx.saved_tensors
-        x, mean = xhat.float() / rstd, torch.zeros_like(rstd)  # x, but for its mean
+        x, mean = xhat.float() / rstd, torch.zeros_like(rstd)  # x minus its mean
         wanted = (True, True, True)
         dx, *others = gradients.backward(dy, x, ctx.shape, weight, mean, rstd, wanted)
         return dx, None, *others, None, None
 
 
 class FusedArithmetic(torch.nn.LayerNorm):
-    """What `fused` computes on a GPU: the output is rounded, and the xhat that it keeps."""
+    """The arithmetic of `fused` on a GPU: it rounds the output, and the xhat that it keeps."""
 
     lean = False
 
@@ -124,13 +124,13 @@ class FusedArithmetic(torch.nn.LayerNorm):
 
 
 class LeanArithmetic(FusedArithmetic):
-    """What `lean` computes on a GPU: xhat comes from the rounded output."""
+    """The arithmetic of `lean` on a GPU: xhat comes from the rounded output."""
 
     lean = True
 
 
 def _cast(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`x` and `parameters` in the autocast dtype, where there is one."""
+    """Return `x` and `parameters` in the autocast dtype, or as they are without autocast."""
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x = x.to(dtype=dtype)

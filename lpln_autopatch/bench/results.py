@@ -1,4 +1,4 @@
-"""What the suites give: rows, and how they are printed, written as JSON and drawn."""
+"""Rows, the results of the suites: printed, written as JSON, and drawn."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ class Quartiles:
 
 Figure = float | str | Quartiles
 RATIOS = ("/ stock", "kept / stock", "moved / stock")
-"""The figures that are drawn."""
+"""The figures that `plot` draws."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one contender did in one case, or why it has no figures."""
+    """The figures of a contender in a case, or the reason why it has none."""
 
-    case: Mapping[str, object]  # what was measured, by aspect, in the words of the table
+    case: Mapping[str, object]  # values by aspect, in the words of the table
     contender: str
     figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
-    reason: str | None = None  # why the contender was not measured
+    reason: str | None = None  # of a contender without figures
     curves: Sequence[Sequence[float]] = ()  # to draw, each a figure a step
 
     @property
     def title(self) -> str:
-        """The case in a line."""
+        """The case, in a line."""
         return ", ".join(f"{aspect} {value}" for aspect, value in self.case.items())
 
 
 def short(dtype: torch.dtype) -> str:
-    """The name of `dtype` without "torch."."""
+    """Return the name of `dtype` without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text: a table for each case, a line for each contender."""
+    """Return the rows as text: a table for each case, a line for each contender."""
     from tabulate import tabulate
 
     blocks: list[str] = []
@@ -67,7 +67,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def not_measured(rows: Sequence[Row]) -> list[str]:
-    """A line for each contender without figures and each reason; the case, if it has others."""
+    """Return a line for each reason and each contender without figures.
+
+    The line names the case if the contender has figures in another case.
+    """
     measured = {row.contender for row in rows if row.reason is None}
     lines = [
         f"not measured: {row.contender}{f', {row.title}' * (row.contender in measured)}: "
@@ -91,7 +94,7 @@ def _text(figure: Figure) -> str:
 
 
 def write_json(file: Path, about: Mapping[str, object], suites: Mapping[str, list[Row]]) -> None:
-    """Write all that was measured, with what it was measured on.
+    """Write the rows of all suites, with `about`, which names the hardware and the versions.
 
     A figure is a number, a word, or an object {"low", "median", "high"}.
     """
@@ -136,7 +139,7 @@ def _draw_ratios(axes: Any, rows: Sequence[Row], name: str, colors: Mapping[str,
     from matplotlib.ticker import LogLocator, NullLocator
 
     contenders = list(dict.fromkeys(row.contender for row in rows))
-    # The first contender's least on top.
+    # The case with the first contender's least ratio is on top.
     first = {r.title: _middle(r.figures[name]) for r in rows if r.contender == contenders[0]}
     titles = dict.fromkeys(row.title for row in rows)
     cases = sorted(titles, key=lambda title: first.get(title, math.inf))
@@ -148,7 +151,7 @@ def _draw_ratios(axes: Any, rows: Sequence[Row], name: str, colors: Mapping[str,
         y, color = cases.index(row.title) + aside, colors[row.contender]
         axes.errorbar(q.median, y, xerr=around, fmt="o", ms=4, color=color)
     axes.axvline(1, color="grey", linewidth=1)
-    # What all cases have in common would only make the labels long.
+    # Aspects that all cases share would only make the labels long.
     aspects = dict.fromkeys(aspect for row in rows for aspect in row.case)
     varied = [a for a in aspects if len({str(row.case.get(a)) for row in rows}) > 1] or list(
         aspects
@@ -158,7 +161,7 @@ def _draw_ratios(axes: Any, rows: Sequence[Row], name: str, colors: Mapping[str,
     labels = {r.title: ", ".join(str(r.case[a]) for a in varied if a in r.case) for r in rows}
     axes.set_yticks(range(len(cases)), [labels[case] for case in cases], fontsize="small")
     axes.invert_yaxis()
-    # Half and double are as far from 1.
+    # On a logarithmic axis half and double are as far from 1.
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7, 8, 9)))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -176,7 +179,7 @@ def _draw_curves(axes: Any, rows: Sequence[Row], colors: Mapping[str, Any]) -> N
         for curve in row.curves:
             axes.plot(curve, color=color, linewidth=0.5, alpha=0.25)
         mean = [sum(losses) / len(losses) for losses in zip(*row.curves, strict=True)]
-        # The first are wider: where they agree, all are seen.
+        # The first lines are wider, so that all are seen where they agree.
         axes.plot(mean, color=color, linewidth=4 / (1 + place))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")

@@ -1,6 +1,6 @@
-"""A training step of full-size models, measured: its time, and the memory that it takes.
+"""A training step of full-size models, measured: its time and its memory.
 
-The same models, batches and contenders as those of `count`, with random weights.
+Models, batches and contenders are the same as in `count`; the weights are random.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def run(options: Namespace, progress: Progress) -> list[Row]:
     for case, entry, dtype in cases:
         progress.case(case["model"], case["mode"], case["autocast"])
         if case["mode"] == "compiled":
-            torch.compiler.reset()  # a class has one cache: beyond its limit code runs eagerly
+            torch.compiler.reset()  # beyond the limit of a class's cache, code would run eagerly
         rows += _measure(case, entry, dtype, options.device, rounds, progress)
-        gc.collect()  # a model holds itself
+        gc.collect()  # models have reference cycles
     return rows
 
 
@@ -75,7 +75,7 @@ def _measure(
     torch.manual_seed(0)
     mode = str(case["mode"])
     model = entry.build(device)
-    batch = functools.cache(lambda: entry.batch_on(model, device))  # or what stock fails with
+    batch = functools.cache(lambda: entry.batch_on(model, device))  # its error is stock's reason
     autocast = torch.autocast(device.type, dtype=dtype)
     losses: list[torch.Tensor] = []
 
@@ -96,7 +96,7 @@ def _measure(
                 if not found.lowered:
                     raise WrongResult(f"it lowers none of {found.calls} norm calls")
                 figures["lowered"] = f"{found.lowered} of {found.calls}"
-            step(run)  # compiles, and allocates what stays
+            step(run)  # compiles, and allocates lasting memory
             torch.manual_seed(0)
             peak = _peak_of(lambda: losses.append(step(run)), device)
         error = relative_error(losses[-1], losses[0].double())
@@ -124,7 +124,7 @@ def _measure(
 
 
 def _peak_of(call: Callable[[], object], device: torch.device) -> float:
-    """The most bytes that were allocated at once on `device` during `call`; NaN for the CPU."""
+    """Return the most bytes allocated at once on `device` during `call`; NaN for the CPU."""
     if device.type == "cpu":
         call()
         return math.nan

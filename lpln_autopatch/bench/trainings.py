@@ -1,4 +1,4 @@
-"""What `loss` trains: docs/examples/train.py, small models of transformers', a ViT on digits."""
+"""The trainings of `loss`: docs/examples/train.py, models of transformers, a ViT on digits."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lpln_autopatch.bench.results import short
 
 @functools.cache
 def example() -> Any:
-    """The names of docs/examples/train.py, which lies beside this file in the wheel."""
+    """Run docs/examples/train.py, which lies beside this file in a wheel; return its names."""
     here = Path(__file__).parent
     files = (here / "train.py", here.parents[1] / "docs" / "examples" / "train.py")
     return SimpleNamespace(**runpy.run_path(str(next(file for file in files if file.exists()))))
 
 
 def digits(lr: float, steps: int, dtype: torch.dtype, seed: int) -> Any:
-    """A ViT of two blocks that learns scikit-learn's 1797 digits, 8 x 8 pixels, on the CPU."""
+    """Return the training of a ViT of two blocks on scikit-learn's 1797 digits of 8 x 8 pixels."""
     data = import_module("sklearn.datasets").load_digits()
     images = torch.tensor(data.images, dtype=torch.float32) / 16
     labels = torch.tensor(data.target)
@@ -46,7 +46,7 @@ def digits(lr: float, steps: int, dtype: torch.dtype, seed: int) -> Any:
 
 
 def causal_lm(config: str, lr: float, steps: int, dtype: torch.dtype, seed: int) -> Any:
-    """A language model of transformers, of two blocks, on the text of docs/examples/train.py."""
+    """Return the training of a transformers model of two blocks on the text of the example."""
     text = example().standard_library_text()
 
     class Training(example().Training):  # type: ignore[misc]
@@ -64,7 +64,7 @@ def causal_lm(config: str, lr: float, steps: int, dtype: torch.dtype, seed: int)
 
 
 class _CausalLM(torch.nn.Module):
-    """A model of transformers' that predicts the next byte: the loss."""
+    """A transformers model that predicts the next byte, and returns the loss."""
 
     def __init__(self, config: str, width: int = 64) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class _CausalLM(torch.nn.Module):
 
 
 class _ViT(torch.nn.Module):
-    """Patches of 2 x 2 pixels, pre-norm blocks, the mean over patches, ten classes: the loss."""
+    """Patches of 2 x 2 pixels, pre-norm blocks, the mean over patches, ten classes, the loss."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The models that are counted, full size, as people train them; and any other by name."""
+"""The zoo: full-size models as people train them, and any other model by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lpln_autopatch.bench.results import Row, short
 
 
 class WrongModel(Exception):
-    """No model has that name here: why, in a line."""
+    """A model cannot be made; the message is a line that says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +28,19 @@ class Entry:
     source: str  # "timm:NAME", "transformers:CONFIG" or "MODULE:FUNCTION"
     batch: int = 32  # items
     length: int = 512  # tokens of an item, where it is text
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # unlike its defaults
-    # What makes it a model of few layers, for what is compiled; empty: all of it.
+    config: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # where it differs from defaults
+    # The configuration of few layers, for compiled code; empty: the whole model is compiled.
     shallow: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    norms: str = "layer_norm"  # those that are lowered
+    norms: str = "layer_norm"  # the norms that contenders lower
 
     def build(self, device: str | torch.device = "meta") -> torch.nn.Module:
-        """The model, by default on meta, where its weights take no memory; or a `WrongModel`."""
+        """Return the model, by default on meta, where its weights take no memory.
+
+        Raises:
+            WrongModel: it cannot be made.
+        """
         library, _, name = self.source.partition(":")
         try:
             with torch.device(device):
@@ -58,7 +64,7 @@ class Entry:
         return model.train()
 
     def batch_on(self, model: torch.nn.Module, device: str | torch.device) -> dict[str, Any]:
-        """What the forward of `model` takes, by the names of its arguments, on `device`."""
+        """Return the arguments of the forward of `model` by name, on `device`."""
         return batch_of(model, self.batch, self.length, device)
 
 
@@ -127,7 +133,7 @@ MODELS: dict[str, Entry] = {
     "sam2-memory": Entry(f"{_HERE}:sam2_memory_encoder", 8, norms="all"),
     "open-clip-b32": Entry(f"{_HERE}:open_clip_vit_b_32", 256, norms="all"),
 }
-"""The models of the default, and their shallow configurations for what is compiled."""
+"""The models of the default."""
 
 
 _PYTHIA = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -146,7 +152,7 @@ _TIMM: dict[str, Mapping[str, Any]] = {
     "pvt_v2_b2": _STAGES_TWO,
     "davit_tiny": {"depths": (1, 1, 2, 1)},
     "edgenext_small": _STAGES_TWO,
-    # timm takes no other depth for these.
+    # timm takes no other depth for the following.
     "mixer_b16_224": {},
     "mvitv2_tiny": {},
     "focalnet_tiny_srf": {},
@@ -165,11 +171,11 @@ MORE: dict[str, Entry] = {
     "siglip-b16": Entry("transformers:SiglipConfig", 64, 512, {}, _BOTH_THREE),
     **{name: Entry(f"timm:{name}", 64, 0, {}, shallow) for name, shallow in _TIMM.items()},
 }
-"""With `MODELS`, those of `--models all`."""
+"""The models that `--models all` adds to `MODELS`."""
 
 
 def entries(chosen: Sequence[str]) -> dict[str, Entry]:
-    """The models of those names or sources: `MODELS` for none, every one for "all"."""
+    """Return the models of these names or sources: `MODELS` for none, the whole zoo for "all"."""
     known = {**MODELS, **MORE}
     if list(chosen) == ["all"]:
         return known
@@ -185,10 +191,10 @@ def entries(chosen: Sequence[str]) -> dict[str, Entry]:
 def cases(
     options: Namespace, rows: list[Row]
 ) -> list[tuple[dict[str, object], Entry, torch.dtype]]:
-    """What to measure: a case, what builds its model, and an autocast dtype.
+    """Return the cases, each with the entry that builds its model, and an autocast dtype.
 
-    All models are built on meta first: a wrong one is known before any is measured. One of the
-    default whose package is not here gives a row that says so.
+    Each model is built on meta first, so that a wrong model is known before any is measured. A
+    default model whose package is missing adds a row to `rows` that says so.
     """
     found = []
     chosen = entries(options.models or ["bert-base"] * options.quick)

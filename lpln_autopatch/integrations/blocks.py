@@ -1,4 +1,4 @@
-"""What the callbacks of a trainer share: a block for each training that they are in."""
+"""Blocks of a trainer's callback: one for each training that the callback is in."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Blocks:
     """A `low_precision_layernorm` block for each training that is under way.
 
-    It takes the arguments of `lpln_autopatch.enable`, and raises what that raises. One instance may
-    be in several trainings at a time, nested or in threads. A copy, or what is unpickled, is in
+    It takes the arguments of `lpln_autopatch.enable`, and raises the same errors. One instance may
+    be in several trainings at a time, nested or in threads. Copies and unpickled instances are in
     none.
     """
 
@@ -28,9 +28,9 @@ class Blocks:
         backend: str,
         norms: str | Iterable[str] | None,
     ) -> None:
-        # An iterator can be read once, and each training reads them.
+        # Each training reads the norms, and an iterator can be read only once.
         norms = norms if norms is None or isinstance(norms, str) else list(norms)
-        low_precision_layernorm(precision, backend, norms)  # raises now, not when one begins
+        low_precision_layernorm(precision, backend, norms)  # raises here, and not in a training
         self._arguments = precision, backend, norms
         # By id: transformers' TrainerState has no hash.
         self._leave: dict[int, weakref.finalize[Any, Any]] = {}
@@ -39,7 +39,7 @@ class Blocks:
         return type(self), self._arguments
 
     def enter(self, training: object) -> None:
-        """Enter the block of `training`; it is left when that is gone, if not before."""
+        """Enter a block for `training`; it is left at the latest when `training` is freed."""
         self.leave(training)
         entered = contextlib.ExitStack()
         entered.enter_context(low_precision_layernorm(*self._arguments))
@@ -49,13 +49,13 @@ class Blocks:
         self._leave[key] = leave
 
     def leave(self, training: object) -> None:
-        """Leave the block of `training`, if one is open."""
+        """Leave the block of `training`, if it is open."""
         leave = self._leave.get(id(training))
         if leave is not None:
             leave()
 
 
 def _end(leave: dict[int, Any], key: int, entered: contextlib.ExitStack) -> None:
-    """Forget a training that has ended or is gone, and leave its block."""
+    """Forget a training that has ended or was freed, and leave its block."""
     leave.pop(key, None)
     entered.close()

@@ -24,21 +24,21 @@ def LowPrecisionLayerNorm(apply_at: Event = Event.INIT, backend: str = "auto") -
     Replaces Composer's algorithm of the same name in `Trainer(algorithms=[...])`. The precision is
     the Trainer's; "amp_fp16" and "amp_bf16" have an effect.
 
-    A checkpoint has the name of an algorithm, and not whose it is. Where one that was saved with
-    either is loaded, the Trainer's own stays, Composer's or this. A Trainer that has neither gets
-    Composer's, and Composer says so.
+    Checkpoints are interchangeable with those of Composer's algorithm: a checkpoint has the name
+    alone. A Trainer that loads one keeps its own algorithm, this or Composer's. A Trainer that has
+    neither gets Composer's, and Composer says so.
 
     Args:
-        apply_at: When to do it: `Event.INIT`, `Event.BEFORE_LOAD` or `Event.AFTER_LOAD`.
+        apply_at: The event at which to lower: `INIT`, `BEFORE_LOAD` or `AFTER_LOAD` of `Event`.
         backend: As for `lpln_autopatch.enable`.
 
     Returns:
-        Composer's algorithm, which does this instead: Composer looks for the class of an algorithm
-        when it loads a checkpoint, and when it sorts algorithms.
+        An instance of Composer's own class with another `apply`, because Composer looks for that
+        class when it loads a checkpoint, and when it sorts algorithms.
 
     Raises:
-        ValueError: `apply_at` is another event; or, when it is applied, there is no such backend,
-            or the Trainer has Composer's too.
+        ValueError: `apply_at` is another event; or, at that event, the backend is not a valid name,
+            or the Trainer also has Composer's algorithm.
 
     Source:
         MosaicML Composer, `LowPrecisionLayerNorm`; differs in: `backend`, and the modules stay the
@@ -54,7 +54,7 @@ def LowPrecisionLayerNorm(apply_at: Event = Event.INIT, backend: str = "auto") -
 
 
 def _apply(backend: str, event: Event, state: State, logger: Logger) -> None:
-    """Lower the LayerNorms of `state.model`, for `state.precision`."""
+    """Lower the LayerNorms of `state.model` by `state.precision`."""
     del event, logger
     for other in state.algorithms:
         if isinstance(other, ComposersOwn) and "apply" not in vars(other):

@@ -1,4 +1,4 @@
-"""Lightning: a callback that lowers while its Trainer fits."""
+"""Lightning: a callback that lowers norms while its Trainer fits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def _callback_classes() -> list[type]:
-    """`Callback` of every Lightning that is installed.
+    """Return the class `Callback` of each installed Lightning.
 
-    `lightning` and `pytorch_lightning` are two copies, each of which takes its own callbacks only;
-    whoever installs the first has both.
+    `lightning` and `pytorch_lightning` are two copies, and each takes callbacks of its own class
+    only. Installing `lightning` brings both.
     """
     classes, reasons = [], []
     for name in ("lightning.pytorch", "pytorch_lightning"):
@@ -38,8 +38,8 @@ class LowPrecisionLayerNorm(*_callback_classes()):  # type: ignore[misc]
 
     `Trainer(precision="bf16-mixed", callbacks=[LowPrecisionLayerNorm()])`. Autocast is the
     Trainer's: with a precision that is not mixed nothing is lowered. `validate`, `test` and
-    `predict` run as they would without the callback. It is a `low_precision_layernorm` block for
-    each Trainer, left when `fit` ends or raises; nothing of it is in a checkpoint.
+    `predict` run as they would without the callback. Each `fit` is a `low_precision_layernorm`
+    block, left when `fit` ends or raises. Checkpoints have nothing of it.
 
     Args:
         precision: As for `lpln_autopatch.enable`.
@@ -66,9 +66,9 @@ class LowPrecisionLayerNorm(*_callback_classes()):  # type: ignore[misc]
             self._blocks.enter(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave it where `fit` ends, and any that another callback's on_exception kept open."""
+        """Leave the block where `fit` ends, also if another callback's on_exception has failed."""
         self._blocks.leave(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave it where `fit` is interrupted: Lightning does not call teardown then."""
+        """Leave the block where `fit` is interrupted: Lightning does not call teardown then."""
         self._blocks.leave(trainer)

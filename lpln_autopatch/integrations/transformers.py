@@ -1,4 +1,4 @@
-"""Hugging Face transformers: a callback that lowers while its Trainer trains."""
+"""Hugging Face transformers: a callback that lowers norms while its Trainer trains."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class LowPrecisionLayerNorm(TrainerCallback):  # type: ignore[misc]
 
     `Trainer(args=TrainingArguments(bf16=True), callbacks=[LowPrecisionLayerNorm()])`. Autocast is
     the Trainer's: without `bf16` or `fp16` nothing is lowered. `evaluate` and `predict` run as they
-    would without the callback. It is a `low_precision_layernorm` block for each `train`, left when
-    that ends.
+    would without the callback. Each `train` is a `low_precision_layernorm` block, left when `train`
+    ends.
 
     The Trainer tells callbacks nothing if `train` raises. The block then stays open until the
-    Trainer's next `train` begins, which has a block of its own, or the Trainer is gone. Where a
-    program goes on after that, put `low_precision_layernorm` around `train` instead.
+    Trainer's next `train` begins or the Trainer is freed. If your program goes on after such an
+    error, put `low_precision_layernorm` around `train` instead.
 
     Args:
         precision: As for `lpln_autopatch.enable`.
@@ -55,5 +55,5 @@ class LowPrecisionLayerNorm(TrainerCallback):  # type: ignore[misc]
         self._blocks.enter(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave it."""
+        """Leave the block of this `train`."""
         self._blocks.leave(state)
