@@ -69,7 +69,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def _told(config: Any) -> dict[str, int]:
-    """How many tests run elsewhere, by place. A worker sends its own to pytest-xdist."""
+    """Return the counts of tests that run elsewhere, by place. A worker sends its own."""
     if hasattr(config, "workeroutput"):
         return config.workeroutput.setdefault("elsewhere", {})
     return config.stash.setdefault(ELSEWHERE, {})

@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Norm(nn.Module):
-    """Has what most of these need: a weight and eps, and a bias if it is asked for."""
+    """A module with a weight and eps, and a bias if it is asked for."""
 
     def __init__(self, size=8, eps=1e-6, bias=False):
         super().__init__()
@@ -58,7 +58,7 @@ class RMSNormWithBias(Norm):
 
 
 class HeadsRMSNorm(nn.Module):
-    """F.normalize(x) * sqrt(n) * g, with a g for each head."""
+    """RMSNorm with a g for each head: F.normalize(x) * sqrt(n) * g."""
 
     def __init__(self, size=8, heads=3):
         super().__init__()
@@ -70,7 +70,7 @@ class HeadsRMSNorm(nn.Module):
 
 
 class ScaleNorm(nn.Module):
-    """x-transformers': one number scales all features."""
+    """ScaleNorm of x-transformers: one number scales all features."""
 
     def __init__(self, size=8):
         super().__init__()
@@ -89,7 +89,7 @@ class BiaslessLayerNorm(Norm):
 
 
 class CastingLayerNorm(nn.LayerNorm):
-    """open_clip's."""
+    """LayerNorm of open_clip, which casts back to the input's dtype."""
 
     def forward(self, x):
         x_dtype = x.dtype
@@ -98,14 +98,14 @@ class CastingLayerNorm(nn.LayerNorm):
 
 
 class SuperLayerNorm(nn.LayerNorm):
-    """Chameleon's and OLMo's way."""
+    """LayerNorm of Chameleon and OLMo, by super().forward."""
 
     def forward(self, hidden_states):
         return super().forward(hidden_states).to(hidden_states.dtype)
 
 
 class LayerNorm2d(Norm):
-    """ConvNeXt's and SAM's: over the channels of an image."""
+    """LayerNorm of ConvNeXt and SAM, over the channels of an image."""
 
     def __init__(self, size=8):
         super().__init__(size, bias=True)
@@ -118,7 +118,7 @@ class LayerNorm2d(Norm):
 
 
 class PermutingLayerNorm2d(nn.LayerNorm):
-    """timm's."""
+    """LayerNorm2d of timm."""
 
     def forward(self, x):
         x = x.permute(0, 2, 3, 1)
@@ -127,7 +127,7 @@ class PermutingLayerNorm2d(nn.LayerNorm):
 
 
 class VideoRMSNorm(nn.Module):
-    """Wan's: a weight of (n, 1, 1, 1)."""
+    """RMSNorm of Wan, with a weight of (n, 1, 1, 1)."""
 
     def __init__(self, size=8):
         super().__init__()
@@ -337,7 +337,7 @@ class RowsNorm(nn.Module):
 
 
 class Rms(Norm):
-    """No norm by its name."""
+    """RMSNorm in a class whose name is not that of a norm."""
 
     def forward(self, x):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight

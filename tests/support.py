@@ -1,4 +1,4 @@
-"""What several test files need."""
+"""Helpers of several test files."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ if TORCH_VERSION < (2, 4):
 
 
 def autocast(dtype: torch.dtype = torch.bfloat16, **options: object) -> torch.autocast:
-    """Autocast on the CPU."""
+    """Return autocast on the CPU."""
     return torch.autocast("cpu", dtype=dtype, **options)
 
 
@@ -134,14 +134,14 @@ class UnderAutocast(torch.nn.Module):
 def output_dtype(
     module: torch.nn.Module, x: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> torch.dtype:
-    """The dtype that `module` gives for x (float32, 4x8) under CPU autocast to `dtype`."""
+    """Return the dtype that `module` gives for x (float32, 4x8) under CPU autocast to `dtype`."""
     with autocast(dtype):
         return module(torch.randn(4, 8) if x is None else x).dtype
 
 
 @contextlib.contextmanager
 def layer_norm_dtypes(model: torch.nn.Module) -> Iterator[list[str]]:
-    """What the LayerNorms of `model` give inside the block, call by call."""
+    """Collect the output dtypes of the LayerNorms of `model` inside the block, call by call."""
     dtypes: list[str] = []
     hooks = [
         module.register_forward_hook(lambda m, args, out: dtypes.append(str(out.dtype)))
@@ -154,7 +154,7 @@ def layer_norm_dtypes(model: torch.nn.Module) -> Iterator[list[str]]:
 
 
 def digest(model: torch.nn.Module) -> str:
-    """The parameters of `model`, to the bit."""
+    """Return a hash of the parameters of `model`, to the bit."""
     total = hashlib.sha256()
     for parameter in model.parameters():
         total.update(bytes(parameter.detach().flatten().view(torch.uint8).tolist()))
@@ -247,7 +247,7 @@ else:
 
 @functools.cache
 def _forks() -> subprocess.Popen[str]:
-    """The process that forks, one for each process that runs tests."""
+    """Return the process that forks, one for each process that runs tests."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     environment = {**_inherited(), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", FORKS], env=environment, text=True, **pipes)
@@ -256,13 +256,13 @@ def _forks() -> subprocess.Popen[str]:
 
 
 def _inherited() -> dict[str, str]:
-    """The environment of the tests, without our variables, and Triton's that makes it interpret."""
+    """Return the environment of the tests without our variables and Triton's TRITON_INTERPRET."""
     ours = ("LPLN_", "AUTOWRAPT", "TRITON_INTERPRET")
     return {k: v for k, v in os.environ.items() if not k.startswith(ours)}
 
 
 def _checked(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
-    """`result`, without the lines that torch.distributed prints (torch 2.9)."""
+    """Return `result` without the lines that torch.distributed prints (torch 2.9)."""
     if result.returncode != 0:
         pytest.fail(f"exit {result.returncode}\n{result.stdout}\n{result.stderr}")
     result.stdout = re.sub(r"^\[Gloo\].*\n", "", result.stdout, flags=re.MULTILINE)

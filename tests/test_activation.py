@@ -125,7 +125,7 @@ def test_one_instance_can_be_entered_again(layer_norm):
 
 
 def test_block_decorates_a_function(layer_norm):
-    """As a decorator it lowers inside the function, recursion included."""
+    """A block as a decorator lowers inside the function, recursion included."""
 
     @low_precision_layernorm("bf16")
     def run(depth: int = 1) -> torch.dtype:
@@ -138,7 +138,7 @@ def test_block_decorates_a_function(layer_norm):
 
 
 def test_block_refuses_to_decorate_what_runs_later():
-    """A generator's or coroutine's body would run after the block closed: TypeError."""
+    """A generator or coroutine, whose body would run after the block closed, is a TypeError."""
 
     def generator():
         yield
@@ -175,7 +175,7 @@ def test_block_refuses_to_decorate_a_class_or_a_module(layer_norm):
 
 @pytest.mark.parametrize("decorated", [3, None, "bf16", classmethod(print)])
 def test_block_refuses_to_decorate_what_cannot_be_called(decorated):
-    """It is a TypeError at once, and not when the decorated thing is called."""
+    """A decorated thing that cannot be called is a TypeError at once, and not at its call."""
     with pytest.raises(TypeError, match=r"cannot be called.*with"):
         low_precision_layernorm("bf16")(decorated)
 
@@ -187,7 +187,7 @@ def test_status_needs_no_metadata_of_wrapt(monkeypatch):
 
 
 def test_status_shows_a_variable_that_nobody_read(monkeypatch):
-    """LPLN_PRECISION that is set while nothing is in force is visible in status()."""
+    """LPLN_PRECISION that is set while nothing is active is visible in status()."""
     monkeypatch.setenv("LPLN_PRECISION", "amp")
     assert lpln.status().environment == "amp"
     assert lpln.status().precision is None
@@ -228,7 +228,7 @@ def test_refused_request_changes_nothing(layer_norm, ask, arguments):
 
 
 def test_failing_installation_changes_nothing(layer_norm, monkeypatch):
-    """If a function cannot be found, the request is forgotten and nothing is exchanged."""
+    """A request whose function cannot be found is forgotten, and nothing is exchanged."""
     from lpln_autopatch import _exchange, _state
 
     where = torch.utils.checkpoint, "no_such_function"
@@ -353,7 +353,7 @@ def test_threads_at_random_leave_nothing_on(layer_norm):
 
 
 def test_exempt_keeps_everything_inside_stock():
-    """exempt(module) marks what is inside now; exempt(module, False) takes the marks off."""
+    """exempt(module) marks the modules inside now; exempt(module, False) takes the marks off."""
     model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Sequential(torch.nn.LayerNorm(8)))
     lpln.enable()
     assert lpln.exempt(model) is model
@@ -406,7 +406,7 @@ def test_block_may_be_left_by_another_thread(layer_norm):
 
 @pytest.mark.skipif(FP16 not in AUTOCAST_DTYPES, reason="autocast on CPU has only bfloat16 there")
 def test_tasks_that_share_a_block_each_leave_their_own(layer_norm):
-    """One instance entered by two asyncio tasks in turn: each leaves the block that it entered."""
+    """Two asyncio tasks that enter one instance in turn each leave the block that they entered."""
     shared = low_precision_layernorm("bf16")
     seen = []
 
@@ -447,7 +447,7 @@ def test_stock_calls_do_not_use_up_the_warning(layer_norm):
 
 
 def test_threads_that_activate_first_share_one_patch():
-    """Two threads at once in the first activation: disable() takes off whatever either put on."""
+    """disable() takes off the patch of two threads that activated at once, and first."""
     code = """
         import sys, threading, torch
         import lpln_autopatch as lpln

@@ -1,4 +1,4 @@
-"""What the callbacks share, without a trainer."""
+"""Blocks of a trainer's callback, without a trainer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lpln_autopatch.integrations.blocks import Blocks
 
 
 class Training:
-    """What a trainer passes to its callbacks."""
+    """An object that a trainer passes to its callbacks."""
 
 
 def test_training_that_never_ends_is_forgotten_when_it_is_gone(layer_norm):
-    """Its block is left, and nothing of it is kept; those that end are forgotten at once."""
+    """A training that is freed leaves its block; one that ends is forgotten at once."""
     blocks = Blocks("bf16", "native", None)
     ended, gone = Training(), Training()
     for training in (ended, gone, gone):

@@ -55,7 +55,7 @@ def backward(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[t
 
 
 def gradients_without_checkpoint(lower: bool, compiler: str | None = None) -> list[torch.Tensor]:
-    """What a checkpointed run has to give, eager or compiled."""
+    """Return the gradients that a checkpointed run must give, eager or compiled."""
     model, x = Recorder(), torch.linspace(-3, 3, 32).view(4, 8).requires_grad_()
     function = torch.compile(model, backend=compiler) if compiler else model
     with low_precision_layernorm() if lower else contextlib.nullcontext(), autocast():
@@ -224,8 +224,8 @@ def test_checkpoint_sequential(model, x, segments):
 
 
 @needs_dynamo
-def test_compiled_model_with_checkpoint(model, x):
-    """Inside compiled code the recomputation is part of the graph: lowered, after disable() too."""
+def test_compiled_model_with_checkpoint_is_lowered(model, x):
+    """A recomputation inside compiled code is part of the graph: lowered, after disable() too."""
     expected = gradients_without_checkpoint(lower=True, compiler="aot_eager")
     model.hook.remove()
 
@@ -254,7 +254,7 @@ def test_checkpoint_around_a_compiled_module(model, x):
 
 @both_modes
 def test_overlapping_recomputations_do_not_cut_each_other_short(x, use_reentrant):
-    """One that ends while another runs does not take the other's precision away."""
+    """A recomputation that ends while another runs does not take the other's precision away."""
     norm, weight = torch.nn.LayerNorm(8), torch.randn(8, 8, requires_grad=True)
     a_is_in, b_is_in, a_is_done = (threading.Event() for _ in range(3))
     in_backward, dtypes = False, {"a": [], "b": []}

@@ -95,7 +95,7 @@ def test_toggling_costs_one_compilation_for_each_variant(model, compile_and_coun
 
 
 def test_code_compiled_before_enabling_follows(model, compile_and_count):
-    """What was compiled before the patch is compiled again, not left stock."""
+    """Code that was compiled before the patch is compiled again, not left stock."""
     compile_, _ = compile_and_count
     compiled = compile_(model)
     assert output_dtype(compiled) is FP32
@@ -172,7 +172,7 @@ def test_float64_and_other_dtypes(model):
 
 
 def test_warning_that_is_an_error_is_logged_while_compiling(model, caplog):
-    """Where warnings are errors Dynamo cannot pass it on: it is logged, and the code is stock."""
+    """A warning that is an error cannot pass Dynamo: it is logged, and the code is stock."""
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with warnings.catch_warnings(), low_precision_layernorm("amp_fp16"):
         warnings.simplefilter("error", NoEffectWarning)
@@ -280,7 +280,7 @@ def test_only_input_and_statistics_are_saved_for_backward():
 
 @pytest.mark.skipif(TORCH_VERSION < (2, 6), reason="the cache is on by default in torch >= 2.6")
 def test_second_process_hits_the_aot_autograd_cache(tmp_path):
-    """With autocast around the compiled model, the next process compiles nothing anew."""
+    """The next process compiles nothing anew, with autocast around the compiled model."""
     script = tmp_path / "cached.py"
     script.write_text(
         textwrap.dedent(
@@ -316,7 +316,7 @@ def test_second_process_hits_the_aot_autograd_cache(tmp_path):
 
 
 def test_code_that_cannot_follow_is_dropped(model, compile_and_count, monkeypatch):
-    """Before torch 2.5, where compiled code has no guard, each change compiles anew."""
+    """Each change compiles anew before torch 2.5, where compiled code has no guard."""
     from lpln_autopatch import _torch_compat
 
     monkeypatch.setattr(_torch_compat, "DYNAMO_TRACES_NORMS", False)
@@ -545,7 +545,7 @@ class HoldsTheFunction(torch.nn.Module):
 
 @guards_on_code
 def test_code_compiled_before_the_first_activation_follows():
-    """In a process that has never activated, a function that a module holds: on, off, on."""
+    """A function that a module holds follows on, off, on in a process that had never activated."""
     code = """
         import sys, torch, lpln_autopatch as lpln
         sys.path.insert(0, sys.argv[1])
@@ -569,7 +569,7 @@ def test_code_compiled_before_the_first_activation_follows():
 
 
 def test_code_that_cannot_follow_the_first_activation_is_warned_of(model, monkeypatch):
-    """Before torch 2.12, once, and only where something has been compiled."""
+    """A warning comes before torch 2.12, once, and only if code has been compiled."""
     output_dtype(torch.compile(model, backend="eager"))
     with low_precision_layernorm():
         pass
@@ -591,7 +591,7 @@ def test_code_that_cannot_follow_the_first_activation_is_warned_of(model, monkey
 @pytest.mark.parametrize("before", ["nothing", "a block", "enable and disable"])
 @pytest.mark.parametrize("how", ["compile", "export"])
 def test_graphs_made_while_nothing_is_active_name_the_function(before, how):
-    """As stock's do, also after an activation that was traced: partitioners find the function."""
+    """Graphs name PyTorch's function, also after a traced activation: partitioners find it."""
     from torch.fx.passes.utils.source_matcher_utils import get_source_partitions
 
     class Model(torch.nn.Module):

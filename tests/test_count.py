@@ -19,7 +19,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def count(folder: Path, *arguments: str) -> tuple[str, dict[str, dict]]:
-    """What `bench count` prints without its date, and the figures by contender."""
+    """Return the output of `bench count` without its date, and the figures by contender."""
     (folder / "small.py").write_text(SMALL_MODELS)
     file = folder / "figures.json"
     command = ["-m", "lpln_autopatch", "bench", "count", *arguments, "--json", str(file)]
@@ -31,7 +31,7 @@ def count(folder: Path, *arguments: str) -> tuple[str, dict[str, dict]]:
 
 @pytest.fixture(scope="module", params=["bfloat16", "float16"])
 def counted(request, tmp_path_factory):
-    """What is printed, and the figures, of a model that can be run beside one that cannot."""
+    """Return the output and the figures of a model that can be run beside one that cannot."""
     models = ("--models", "small:make", "small:fails")
     return count(tmp_path_factory.mktemp("count"), *models, "--dtype", request.param)
 
@@ -133,7 +133,7 @@ for name, norm in NORMS.items():
 
 
 def test_kernels_are_counted_as_they_keep():
-    """What the operators keep for backward is what the kernels keep: as many, shapes, dtypes."""
+    """The operators keep for backward as many tensors as the kernels, of equal shape and dtype."""
     assert run_forked("-c", COUNTED).stdout.split() == ["same"] * 16
 
 
@@ -156,13 +156,13 @@ def test_few_columns_are_printed_by_default(counted, tmp_path):
 @shares_a_run
 @pytest.mark.parametrize("counted", ["bfloat16"], indirect=True)
 def test_two_runs_print_the_same(counted, tmp_path):
-    """There is neither a clock nor chance in it."""
+    """Neither a clock nor chance is in the output."""
     models = ("--models", "small:make", "small:fails")
     assert count(tmp_path, *models, "--dtype", "bfloat16") == counted
 
 
 def test_compiled_is_counted_from_its_graphs(tmp_path):
-    """One graph forward and one backward; lowered hands less from one to the other than stock."""
+    """A forward and a backward graph are counted; lowered hands less between them than stock."""
     _, figures = count(tmp_path, "--models", "small:make", "--modes", "compiled")
     assert {f["graphs"] for f in figures.values()} == {2}
     assert all(f["kernels"] > 4 and f["moved"] > 0 for f in figures.values())
@@ -172,7 +172,7 @@ def test_compiled_is_counted_from_its_graphs(tmp_path):
 
 @shares_a_run
 def test_model_that_cannot_be_run_leaves_the_others(counted):
-    """It is a line that says why; what was counted before is printed and written."""
+    """A model that cannot be run is a line that says why; earlier counts are kept."""
     printed, figures = counted
     assert figures["native"]["kept"] > 0
     assert "not measured: stock, model small:fails" in printed
@@ -251,7 +251,7 @@ def test_policy_is_that_of_cudas_lists(dtype):
 
 
 def test_policy_leaves_the_cpus_as_it_was():
-    """Inside, LayerNorm gives float32 as on CUDA; afterwards bfloat16 again, as on CPU."""
+    """LayerNorm gives float32 inside, as on CUDA, and afterwards bfloat16 again, as on CPU."""
     from lpln_autopatch.bench.policy import policy
 
     norm, x = torch.nn.LayerNorm(8), torch.randn(4, 8, dtype=BF16)
@@ -264,7 +264,7 @@ def test_policy_leaves_the_cpus_as_it_was():
 
 
 def test_weights_are_cast_once_in_a_region():
-    """As autocast's own cache: one cast for all uses, dropped at the end of the region."""
+    """A weight is cast once for all uses, as by autocast's own cache, until the region ends."""
     from lpln_autopatch.bench.policy import policy
 
     linear, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
@@ -311,7 +311,7 @@ for contender in (Contender("stock"), Contender("recipe", ComposerRecipe)):
 
 
 def test_kept_bytes_are_those_of_real_training(tmp_path):
-    """What is counted on the emulated accelerator is what training on the CPU keeps."""
+    """The emulated accelerator counts the bytes that training on the CPU keeps."""
     printed = run_forked("-c", KEPT.format(folder=str(tmp_path))).stdout
     pairs = [tuple(map(int, line.split())) for line in printed.splitlines()]
     (stock, counted_stock), (recipe, counted_recipe) = pairs

@@ -29,7 +29,7 @@ def run(module, x, upstream, dtype) -> list[torch.Tensor]:
 
 
 def layer_norms(features: int) -> tuple[torch.nn.LayerNorm, ComposerRecipe, torch.nn.LayerNorm]:
-    """One LayerNorm, Composer's recipe and the float64 reference, with the same parameters."""
+    """Return a LayerNorm, Composer's recipe and the float64 reference, with the same parameters."""
     ours = torch.nn.LayerNorm(features, device="cuda")
     torch.nn.init.normal_(ours.weight, 1.0, 0.2)
     composer = ComposerRecipe(features, device="cuda")
@@ -75,7 +75,7 @@ def kernels(call, *args) -> list[str]:
 
 @each_dtype
 def test_kernels_of_a_call(dtype):
-    """With x in the autocast dtype: never more kernels than Composer's recipe launches."""
+    """A call with x in the autocast dtype launches no more kernels than Composer's recipe."""
     ours, composer, _ = layer_norms(1024)
     x = torch.randn(4096, 1024, device="cuda", dtype=dtype)
     with torch.autocast("cuda", dtype=dtype):

@@ -17,7 +17,7 @@ saved for backward, MiB\t{saved}
 
 @pytest.fixture
 def folder(tmp_path):
-    """What the trainings and the count have written."""
+    """Return a folder with the files that the trainings and the count have written."""
     (tmp_path / "stock.tsv").write_text(STOCK.format(saved="30.0"))
     lowered = STOCK.format(saved="30.0").replace("float32", "bfloat16").replace("4.0000", "4.0200")
     (tmp_path / "lowered.tsv").write_text(lowered)
@@ -58,7 +58,7 @@ def test_demo_fits_a_terminal(folder, capsys):
 
 @pytest.mark.parametrize(("saved", "is_said"), [("30.0", True), ("20.0", False)])
 def test_equal_memory_is_explained(folder, capsys, saved, is_said):
-    """On a CPU both keep float32; where less is kept, nothing is explained away."""
+    """A sentence says that a CPU keeps float32 both times; where less is kept there is none."""
     lowered = folder / "lowered.tsv"
     lowered.write_text(lowered.read_text().replace("30.0", saved))
     demo.main(folder)

@@ -105,7 +105,7 @@ def test_surgery_lowers(device):
 
 @devices
 def test_exempt_modules_stay_stock(device):
-    """By their hooks, and by the forwards of torch's norms."""
+    """Exempt modules stay stock by their hooks, and by the forwards of torch's norms."""
     model, x = Model(), torch.randn(4, 8)
     for norm in model.norms:
         lpln.exempt(norm)

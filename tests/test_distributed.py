@@ -181,7 +181,7 @@ def torchrun(folder, **environment: str) -> list[dict[str, dict[str, object]]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the ranks with the variable leave their results and checkpoints."""
+    """Return the folder in which the ranks with the variable leave results and checkpoints."""
     return tmp_path_factory.mktemp("variable")
 
 
@@ -206,7 +206,7 @@ def as_tensors(parameters: dict[str, list]) -> dict[str, torch.Tensor]:
 
 @every_way
 def test_every_rank_is_lowered(with_the_variable, without_the_variable, how):
-    """On both ranks all LayerNorms are lowered, in checkpoints' recomputations too."""
+    """All LayerNorms are lowered on both ranks, in checkpoints' recomputations too."""
     for rank in range(2):
         for lowered in (
             with_the_variable[rank][f"{how}, variable"],

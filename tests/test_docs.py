@@ -80,7 +80,7 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
 def run(command: list[str], folder: Path) -> str:
-    """What the command prints, to stdout and stderr; it must succeed."""
+    """Run the command, which must succeed; return its output on stdout and stderr."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("LPLN_", "AUTOWRAPT"))}
     environment |= {"PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "MAKEFLAGS": "n"}
     result = subprocess.run(
@@ -97,7 +97,7 @@ def run(command: list[str], folder: Path) -> str:
 
 
 def libraries_of(block: Block) -> set[str]:
-    """What has to be installed for the block to run, by name."""
+    """Return the names of the libraries that the block needs."""
     if block.language == "bash":
         return {"accelerate"} & programs_of(block)
     if block.language != "python":
@@ -209,7 +209,7 @@ def test_a_wrong_block_fails(tmp_path, text):
 
 
 def test_a_version_and_a_measured_number_stand_for_any(tmp_path):
-    """What varies from machine to machine does not fail a block that is right."""
+    """Words that vary from machine to machine do not fail a block that is right."""
     page = tmp_path / "page.md"
     page.write_text(
         "```python\nprint('torch 2.15.0.dev1+cu130, 7e-09 0.0018 (256, 8)')\n```\n"
@@ -232,7 +232,7 @@ def test_readme_names_the_blocks_that_are_not_run():
 
 
 def test_readme_is_short():
-    """What is longer is in docs/."""
+    """The README has at most 180 lines; docs/ has the rest."""
     assert len((ROOT / "README.md").read_text().splitlines()) <= 180
 
 
@@ -245,7 +245,7 @@ def test_link_text_says_where_it_leads(page):
 
 
 def test_figure_can_be_read_on_a_phone():
-    """No wider than its page; its letters have 10 pixels where 358 are left of 390."""
+    """The figure is no wider than its page, and its letters have 10 pixels on 358 of 390."""
     svg = ElementTree.parse(ROOT / "docs" / "how-it-works.svg").getroot()
     width = float(svg.attrib["viewBox"].split()[2])
     assert "height" not in svg.attrib
@@ -255,7 +255,7 @@ def test_figure_can_be_read_on_a_phone():
 
 
 def test_map_for_contributors_names_what_there_is():
-    """Its table has every file and folder of the package, and no other."""
+    """The table in docs/contributing.md has every file and folder of the package, and no other."""
     page = (ROOT / "docs" / "contributing.md").read_text()
     rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
     names = re.findall(r"`([\w.]+(?:\.py|/))`", "".join(rows))

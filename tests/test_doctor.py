@@ -40,21 +40,21 @@ sys.exit(as_text if as_text == as_json else 3)
 
 
 def both(**environment):
-    """The exit status, what it found in JSON, and the last line for people."""
+    """Return the exit status, the findings in JSON, and the last line for people."""
     result = run_python("-c", BOTH, check=False, **environment)
     as_json, _, text = result.stdout.partition("---\n")
     return result.returncode, json.loads(as_json), text.splitlines()[-1]
 
 
 def doctor(**environment):
-    """Run it, and give its exit status and what it found."""
+    """Run the doctor; return its exit status and its findings."""
     result = run_python("-m", "lpln_autopatch", "--json", check=False, **environment)
     return result.returncode, json.loads(result.stdout)
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_route_that_acted_is_named(route):
-    """Each route is told from the others, and what it turned on is there."""
+    """The doctor names the route that acted, and the request that the route made active."""
     status, found = doctor(LPLN_PRECISION="bf16", **ROUTES[route])
     assert (status, found["problem"], found["acted"]) == (0, None, route)
     assert found["routes"][route] == {"usable": True, "detail": ""}
@@ -76,7 +76,7 @@ def test_norms_are_those_of_the_variable():
 
 @pytest.mark.parametrize("value", ["", "off"])
 def test_nothing_asked_for_is_no_problem(value):
-    """With the variable unset or off nothing is in force, and the exit status is 0."""
+    """Nothing is active with the variable unset or off, and the exit status is 0."""
     status, found, last = both(LPLN_PRECISION=value, **A_ROUTE)
     assert (status, found["problem"], found["acted"], found["precision"]) == (0, None, None, None)
     assert not found["installed"]
@@ -134,7 +134,7 @@ wrapt.register_post_import_hook(replace, "torch")
 
 @pytest.mark.parametrize("module", ["torch", "wrapt", "importlib_metadata"])
 def test_broken_import_is_a_problem(tmp_path, module):
-    """Where torch or wrapt does not import the doctor says so, with or without the variable."""
+    """A broken import of torch or wrapt is a problem, with or without the variable."""
     (tmp_path / f"{module}.py").write_text("raise ImportError('broken here')")
     status, found = doctor(PYTHONPATH=str(tmp_path))
     assert status == 1
@@ -143,7 +143,7 @@ def test_broken_import_is_a_problem(tmp_path, module):
 
 
 def test_verdict_names_the_variable_only_if_it_is_set(tmp_path):
-    """Without LPLN_PRECISION it is torch that fails, and nothing else."""
+    """The verdict without LPLN_PRECISION is about torch, and nothing else."""
     (tmp_path / "torch.py").write_text("raise ImportError('broken here')")
     result = run_python("-m", "lpln_autopatch", check=False, PYTHONPATH=str(tmp_path))
     assert result.stdout.splitlines()[-1].startswith("torch, or what lpln_autopatch needs, fails")
@@ -226,7 +226,7 @@ def test_backends_are_listed_usable_or_not(tmp_path):
 
 
 def test_doctor_prints_sections_and_a_verdict():
-    """For people: versions, variables, what is in force, routes, backends, devices, outcome."""
+    """The text has versions, variables, the active request, routes, backends, devices, verdict."""
     result = run_python("-m", "lpln_autopatch", LPLN_PRECISION="amp", **A_ROUTE)
     lines = result.stdout.splitlines()
     titles = [line for line in lines if line and not line.startswith(" ")]
@@ -283,7 +283,7 @@ def test_versions_are_those_of_status():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU; CI has none")
 def test_fused_is_of_no_use_on_a_cpu():
-    """It loads where Triton is, but hands every call to native."""
+    """The backend fused loads with Triton, but hands every call to native."""
     _, found = doctor(**A_ROUTE)
     assert found["devices"] == ["cpu"]
     assert not found["backends"]["fused"]["usable"]

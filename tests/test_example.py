@@ -42,13 +42,13 @@ def train(precision: str) -> dict[str, dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def stock():
-    """Its summaries without the variable."""
+    """Return the summaries of the example without the variable."""
     return train("")
 
 
 @pytest.fixture(scope="module")
 def lowered():
-    """Its summaries under LPLN_PRECISION=amp."""
+    """Return the summaries of the example under LPLN_PRECISION=amp."""
     return train("amp")
 
 

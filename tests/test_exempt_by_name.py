@@ -114,7 +114,7 @@ def test_names_are_known_in_whatever_order_a_model_is_put_together(by_name):
 
 
 def test_outermost_module_is_named_by_its_class(by_name):
-    """It has no name; from its first submodule on it is known, and its own calls are stock."""
+    """The outermost module has its class for a name from its first submodule on, and is stock."""
     by_name("Head")
     with lpln.low_precision_layernorm("bf16"):
         assert output_dtype(Head()) is torch.float32
@@ -131,7 +131,7 @@ WRAPPERS = {
 @needs_dynamo
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_wrappers_are_left_out_of_names(by_name, wrap):
-    """Of torch.compile, checkpoint_wrapper, DistributedDataParallel and FSDP 1."""
+    """Names lack the wrappers of torch.compile, checkpoint_wrapper, DDP and FSDP 1."""
     by_name("outer.head.norm")
     outer = nn.Module()
     outer.head = wrap(Head())
@@ -143,7 +143,7 @@ def test_wrappers_are_left_out_of_names(by_name, wrap):
 
 @pytest.mark.parametrize("container", [nn.ModuleList, nn.Sequential])
 def test_module_that_is_inserted_into_an_exempt_container_is_exempt(by_name, container):
-    """As one that is appended."""
+    """An inserted module is exempt, as an appended one is."""
     by_name("blocks")
     model = nn.Module()
     model.blocks = container()
@@ -155,7 +155,7 @@ def test_module_that_is_inserted_into_an_exempt_container_is_exempt(by_name, con
 
 
 def test_mark_that_was_taken_off_by_hand_stays_off(by_name):
-    """Wherever the module goes, and in copies; until it is exempted by hand."""
+    """The mark stays off in any parent and in copies, until the module is exempted by hand."""
     by_name("head")
     model, outer = Model(), nn.Module()
     lpln.exempt(model.head.norm, False)
@@ -176,7 +176,7 @@ def test_registering_again_keeps_nothing_more(by_name):
 
 
 def test_modules_are_not_kept(by_name):
-    """What is known of a module goes with it."""
+    """A module is freed with all that is known of it."""
     names = by_name("head.norm")
     model = Model()
     assert len(names._parents) > 0

@@ -100,7 +100,7 @@ modes = pytest.mark.parametrize("mode", [lambda m: m, pytest.param(compiled, mar
     ],
 )
 def test_what_the_forward_calls_is_stock(model, lowered, mode, name, expected):
-    """Before and after the first call of compiled code; undone by exempt(module, False)."""
+    """A call in an exempt forward is stock, compiled or not, until exempt(module, False)."""
     run = mode(model)
     module = model.get_submodule(name)
     assert lpln.exempt(module) is module
@@ -181,7 +181,7 @@ def test_fast_path_of_an_exempt_encoder_stays(lowered):
 
 
 def test_exception_in_an_exempt_forward_ends_it(model, lowered):
-    """Behind an exempt module that raises, the others are lowered as before."""
+    """An exempt module that raises ends its exemption: others are lowered as before."""
     lpln.exempt(model.norms[0])
     model.norms[0].fails = True
     for _ in range(2):
@@ -192,7 +192,7 @@ def test_exception_in_an_exempt_forward_ends_it(model, lowered):
 
 
 def test_foreign_hook_that_raises_before_ours_ends_nothing(lowered):
-    """It was prepended after the mark. What is around the module stays stock."""
+    """A hook that was prepended after the mark, and raises, leaves the modules around stock."""
 
     class Catches(nn.Module):
         def __init__(self):
@@ -221,7 +221,7 @@ def test_exempt_modules_in_a_thread_pool_are_stock(lowered):
 
 
 def test_threads_are_exempt_by_themselves(lowered):
-    """While one thread is inside an exempt module, another one's calls are lowered."""
+    """The calls of a thread are lowered while another thread is inside an exempt module."""
     inside, go_on = threading.Event(), threading.Event()
 
     class Waits(nn.Module):
@@ -291,8 +291,8 @@ def test_exempt_norm_can_be_scripted(lowered, norm):
 
 
 @needs_dynamo
-def test_graph_break_inside_an_exempt_module(lowered):
-    """What runs behind a graph break in its forward is stock, in every thread."""
+def test_graph_break_inside_an_exempt_module_stays_stock(lowered):
+    """The code behind a graph break in an exempt forward is stock, in every thread."""
     model = Model(breaks=True)
     lpln.exempt(model.norms[0])
     run = torch.compile(model, backend="aot_eager")
@@ -375,14 +375,14 @@ class InFloat32(Functional):
 
 
 class Derived(InFloat32):
-    """With a forward of its own."""
+    """A norm with a forward of its own."""
 
     def forward(self, x):
         return F.layer_norm(x, (8,))
 
 
 class WithACallOfItsOwn(InFloat32):
-    """As diffusers' and others' decorated modules."""
+    """A class with a __call__ of its own, as diffusers' decorated modules have."""
 
     def __call__(self, x):
         return super().__call__(x)
@@ -403,7 +403,7 @@ def exempt_class():
 @modes
 @pytest.mark.parametrize("cls", [InFloat32, Derived, WithACallOfItsOwn])
 def test_instances_of_an_exempt_class_are_stock(lowered, exempt_class, mode, cls):
-    """Those that there are, later ones, those of subclasses, copies; until it is taken off."""
+    """Instances are stock, earlier and later, of subclasses, and copies, until the mark goes."""
     model = nn.Sequential(cls())
     run = mode(model)
     assert output_dtype(run) is BF16
@@ -430,8 +430,8 @@ def test_exempt_class_of_torchs(lowered, exempt_class, mode):
     assert output_dtype(mode(nn.GroupNorm(2, 8))) is BF16
 
 
-def test_exempt_class_beneath_another_patcher(lowered, monkeypatch):
-    """What somebody has put above our __call__ stays there, and lowers again afterwards."""
+def test_exempt_class_beneath_another_patcher_is_stock(lowered, monkeypatch):
+    """Another patcher's __call__ above ours stays there, and lowers again afterwards."""
     lpln.exempt(Derived)
     ours = Derived.__call__
     monkeypatch.setattr(Derived, "__call__", lambda self, x: ours(self, x))

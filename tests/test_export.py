@@ -63,7 +63,7 @@ for program in (exported, exported.run_decompositions()):
 @pytest.mark.skipif(TORCH_VERSION < (2, 5), reason="torch.export of older versions differs")
 @pytest.mark.parametrize("how", ["strict", "not strict"])
 def test_exported_program_gives_what_the_eager_one_gave(how):
-    """Where autocast has LayerNorm on its float32 list, as on CUDA: dtypes, values, metadata.
+    """Dtypes, values and metadata are those of eager where autocast lists LayerNorm, as on CUDA.
 
     A backend sees no tensor of the export. In a process of its own, for the list of the CPU's
     autocast is changed.
@@ -112,7 +112,7 @@ needs_exports_that_say_so = pytest.mark.skipif(
 @STRICT
 @pytest.mark.parametrize("prepare", [lambda m: m, lpln.apply_low_precision_layernorm])
 def test_program_exported_under_an_outer_autocast_runs_with_one_and_without(prepare, strict):
-    """It is stock's, which decides at each call, and says once how to export lowered norms."""
+    """The program is stock's, and a warning says once how to export lowered norms."""
     model, x = Between(own=False), torch.randn(4, 8)
 
     def runs(model):
@@ -140,7 +140,7 @@ def test_program_exported_under_an_outer_autocast_runs_with_one_and_without(prep
 @STRICT
 @pytest.mark.parametrize("outer", [False, True])
 def test_program_exported_with_an_autocast_of_its_own_is_lowered(outer, strict):
-    """Whatever is outside, and wherever it runs."""
+    """The program is lowered under any outer autocast, on any machine."""
     model, x = Between(own=True), torch.randn(4, 8)
     with low_precision_layernorm(norms="all"), torch.no_grad(), autocast(enabled=outer):
         program = torch.export.export(model, (x,), strict=strict)

@@ -73,7 +73,7 @@ def test_float32_input_is_what_is_saved_for_backward(layer_norm, lowered):
     ],
 )
 def test_stock_calls_are_stock_bit_for_bit(layer_norm, stock_call):
-    """Where a condition for lowering fails, output and gradients are PyTorch's own."""
+    """A call that fails a condition for lowering has PyTorch's own output and gradients."""
 
     def run() -> list[torch.Tensor]:
         torch.manual_seed(0)
@@ -269,7 +269,7 @@ def test_parameter_gradients_are_summed_in_float32(layer_norm, lowered, dtype):
 
 @pytest.mark.parametrize("dtype", AUTOCAST_DTYPES)
 def test_inference_has_the_values_of_training(layer_norm, lowered, dtype):
-    """Without gradients the CPU's own low-precision kernel runs; the output is as close."""
+    """The CPU's own low-precision kernel runs without gradients; its output is as close."""
     x = torch.randn(64, 8).to(dtype)
     with autocast(dtype):
         y = layer_norm(x)

@@ -71,7 +71,7 @@ def gradients(module, x, dtype, lowered):
 @pytest.mark.parametrize("make", NORMS)
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_norm_is_lowered_with_the_values_and_gradients_of_float64(make, dtype):
-    """In training and evaluation mode, for float32 and autocast inputs."""
+    """A norm is lowered in training and evaluation mode, for float32 and autocast inputs."""
     torch.manual_seed(0)
     module = make()
     x = torch.randn(NORMS[make])
@@ -89,14 +89,14 @@ def test_norm_is_lowered_with_the_values_and_gradients_of_float64(make, dtype):
 
 @pytest.mark.parametrize("make", NORMS)
 def test_norm_is_lowered_among_all(make):
-    """Where the functions and methods that it calls are exchanged as well."""
+    """A norm is lowered while the functions and methods that it calls are exchanged as well."""
     with low_precision_layernorm(norms="all"):
         assert run(make(), torch.randn(NORMS[make])).dtype is BF16
 
 
 @pytest.mark.parametrize("make", NEAR_MISSES)
 def test_near_miss_stays_stock_bit_for_bit(make):
-    """What is nearly a norm, or does more than a norm, gives what it gives without us."""
+    """A class that is nearly a norm, or does more, gives the output that it gives without us."""
     for training in (True, False):
         module = make().train(training)
         stock = copy.deepcopy(module)
@@ -116,7 +116,7 @@ def test_near_miss_stays_stock_bit_for_bit(make):
 
 
 def test_classes_of_every_kind_are_made_and_run_as_stock():
-    """What cannot be exchanged or tried raises nothing of ours, and stock runs."""
+    """A class that cannot be exchanged or tried raises nothing of ours, and runs stock."""
     norm = hand_written_norms.norm
 
     with by_hand():
@@ -243,7 +243,7 @@ def _outcome(module, x):
     ],
 )
 def test_output_has_the_strides_of_stocks(make, shape, memory):
-    """For an input that is not contiguous, too."""
+    """The output of an input that is not contiguous has stock's strides, too."""
     module, x = make(), memory(torch.randn(shape))
     expected = run(module, x)
     with by_hand():
@@ -304,7 +304,7 @@ def test_what_changes_later_is_followed_or_stock():
 
 
 def test_forward_that_is_replaced_on_the_class_is_not_ours():
-    """What somebody puts in the place of a forward runs as it is, as do Liger's kernels."""
+    """A forward that somebody puts in place of a class's, as Liger does, runs as it is."""
     ran = []
 
     class RMSNorm(LlamaRMSNorm):
@@ -372,7 +372,7 @@ def test_disable_gives_everything_back():
 
 
 def test_hook_of_somebody_else_on_new_classes_stays(monkeypatch):
-    """One that is beneath ours is called, and one that is above ours is not taken off."""
+    """A hook beneath ours is called, and a hook above ours is not taken off."""
     seen = []
     theirs = classmethod(lambda cls, **kwargs: seen.append(cls))
     monkeypatch.setattr(nn.Module, "__init_subclass__", theirs, raising=False)
@@ -473,7 +473,7 @@ def _sum(module, weight, x):
 
 
 def test_trial_leaves_nothing_behind():
-    """No generator, parameter, gradient, hook or attribute of the module has changed."""
+    """A trial changes no generator, parameter, gradient, hook or attribute of the module."""
     module, x = LlamaRMSNorm(), torch.randn(4, 8)
     dropping = hand_written_norms.DroppingNorm().eval()
     before = {**vars(module)}, module.weight.detach().clone()
@@ -532,7 +532,7 @@ def test_number_that_changes_all_the_time_ends_the_trials(monkeypatch):
 
 
 def test_verdict_of_a_trial_that_failed_is_not_kept():
-    """What raised for a reason of the moment is tried again at the next call."""
+    """A trial that raised for a reason of the moment runs again at the next call."""
     moment = [MemoryError("of the moment")]
 
     class MomentaryRMSNorm(Norm):
@@ -555,7 +555,7 @@ def report_of(module, x):
 
 
 def test_exempt_norm_is_stock():
-    """By itself, in an exempt parent, and without the hooks of a call."""
+    """An exempt norm is stock by itself, in an exempt parent, and without the hooks of a call."""
     model = nn.Sequential(LlamaRMSNorm(), nn.Sequential(LlamaRMSNorm()))
     x = torch.randn(4, 8)
     exempt(model[1])
@@ -587,7 +587,7 @@ def test_checkpoint_recomputes_as_its_forward_ran(reentrant):
 @needs_dynamo
 @pytest.mark.parametrize("make", [LlamaRMSNorm, GemmaRMSNorm, lambda: CastingLayerNorm(8)])
 def test_compiled_code_follows_each_switch(make):
-    """From the first activation on, with fullgraph and two graphs, and it follows eps."""
+    """Compiled code follows switches and eps from the first activation on, in two graphs."""
     with by_hand():
         pass  # from now on
     graphs = []
@@ -621,7 +621,7 @@ def test_compiled_code_follows_each_switch(make):
 @pytest.mark.parametrize("make", NORMS)
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_compiled_norm_has_the_values_and_gradients_of_eager(make, dtype):
-    """With fullgraph and dynamic shapes; under float16 a value of 1e5 does not overflow."""
+    """A compiled norm has fullgraph and dynamic shapes; 1e5 does not overflow under float16."""
     module = make()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     scale = 1e5 if dtype is FP16 else 1.0
@@ -657,7 +657,7 @@ def test_compiled_code_follows_a_method_of_the_modules_own():
 @needs_dynamo
 @pytest.mark.parametrize("first", ["stock", "lowered"])
 def test_code_compiled_during_a_switch_follows_from_then_on(first):
-    """It was traced before the switch of another thread, and Dynamo makes its guards after it."""
+    """Code traced before the switch of another thread, and guarded after it, follows."""
     from test_compile import norm_with_pauses
 
     with by_hand():
@@ -701,7 +701,7 @@ def test_layers_of_a_kind_share_a_graph():
 
 
 def test_torchscript_and_tracing_are_stock():
-    """What is scripted or traced while a request is active runs stock."""
+    """A module that is scripted or traced while a request is active runs stock."""
     module, x = LlamaRMSNorm(), torch.randn(4, 8)
     with by_hand(), autocast():
         scripted = torch.jit.script(module)
@@ -810,7 +810,7 @@ def test_names_and_errors_know_hand_written(monkeypatch):
 
 
 def test_class_that_is_imported_by_unpickling_is_lowered(tmp_path):
-    """With the variable set before torch is imported, in a process that has never seen it."""
+    """A class is lowered that unpickling imports, in a process that has never seen it."""
     (tmp_path / "model.py").write_text(
         "import torch\n"
         "class RMSNorm(torch.nn.Module):\n"

@@ -96,7 +96,7 @@ def test_wrong_name_starts_nothing(program, options, environment, line):
 
 
 def test_command_that_is_not_found_is_named(tmp_path):
-    """No traceback: a line and the exit status of a shell, 127, or 126 where it does not start."""
+    """A command that is not found is a line and status 127, or 126 if it does not start."""
     result = lpln_run("torchrn", "x")
     assert (result.returncode, result.stdout) == (127, "")
     assert result.stderr == "python -m lpln_autopatch run: 'torchrn' is not found on PATH.\n"
@@ -137,7 +137,7 @@ def test_sitecustomize_and_path_of_the_user_stay(tmp_path):
 
 
 def test_broken_installation_refuses_torch(tmp_path, program):
-    """Where our hook cannot act the program does not go on without it."""
+    """A program does not go on without our hook if that cannot act."""
     (tmp_path / "wrapt.py").write_text("raise ImportError('no wrapt here')")
     result = lpln_run(program, PYTHONPATH=str(tmp_path), **CLOSED)
     assert (result.returncode, result.stdout) == (1, "")
@@ -184,7 +184,7 @@ def test_command_has_the_process_and_its_signals():
 
 
 def test_without_exec_the_exit_status_is_that_of_the_command(monkeypatch):
-    """As on Windows: the launcher waits for the command."""
+    """The launcher waits for the command where there is no exec, as on Windows."""
     monkeypatch.setattr(_launcher, "_CAN_EXEC", False)
     assert _launcher.main(["-c", "raise SystemExit(5)"], "lpln") == 5
 

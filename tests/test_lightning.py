@@ -144,7 +144,7 @@ BF16, FP32 = ["torch.bfloat16"], ["torch.float32"]
 
 
 def run(code: str, package: str, **environment: str) -> dict[str, object]:
-    """What the program prints last. (The Trainer prints too.)"""
+    """Run the program; return the results in its last line. The Trainer prints too."""
     result = run_python("-c", PROGRAM + code, package, OMP_NUM_THREADS="1", **environment)
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -203,7 +203,7 @@ def test_every_trainer_ends_its_own_block(without_the_variable):
 
 @needs_lightning
 def test_copies_of_the_callback_have_no_block_yet(without_the_variable):
-    """One that was copied or pickled in the middle of fit() does in its own what that one did."""
+    """A callback that was copied or pickled in the middle of fit() lowers its own fit()."""
     assert without_the_variable["copies"] == [without_the_variable["callback"]] * 2
 
 

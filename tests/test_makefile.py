@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 
 
 def make(*arguments: str) -> str:
-    """What make prints, from the folder of the checkout."""
+    """Return the output of make, run in the folder of the checkout."""
     result = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -29,7 +29,7 @@ def test_bare_make_lists_every_target_and_installs_nothing():
 
 
 def test_environment_whose_creation_was_interrupted_is_made_anew(tmp_path):
-    """What is left of it goes; one that is finished stays."""
+    """A half-made environment is removed; a finished one stays."""
     (tmp_path / "bin").mkdir()
     steps = make("--dry-run", "test", f"VENV={tmp_path}")
     assert f"rm -rf {tmp_path}\n" in steps
@@ -41,7 +41,7 @@ def test_environment_whose_creation_was_interrupted_is_made_anew(tmp_path):
 
 
 def test_demo_and_test_share_an_environment(tmp_path):
-    """One torch: what `make demo` has installed, `make test` adds to."""
+    """An environment that `make demo` has made serves `make test`, which adds to it."""
     demo, test = (make("--dry-run", target, f"VENV={tmp_path}") for target in ("demo", "test"))
     installed = [line for line in demo.splitlines() if "pip install" in line]
     assert len(installed) == 4

@@ -1,4 +1,4 @@
-"""What is kept for backward, counted under CUDA's autocast lists: no GPU is needed."""
+"""Bytes kept for backward, counted under CUDA's autocast lists: no GPU is needed."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ needs_rounding = pytest.mark.skipif(
 @pytest.mark.parametrize("input_dtype", [FP32, BF16])
 @pytest.mark.parametrize("before", [True, False])
 def test_compiled_code_keeps_no_more_than_composers(cuda_lists, before, input_dtype):
-    """Nor more than stock, and in no more kernels than the recipe's."""
+    """Compiled code keeps no more than stock and the recipe, in no more kernels than the recipe."""
     layer_norm = torch.nn.LayerNorm
     ours, kernels = compiled_training_step(model(layer_norm, before), input_dtype, lower=True)
     stock, _ = compiled_training_step(model(layer_norm, before), input_dtype, lower=False)
@@ -159,7 +159,7 @@ def test_compiled_code_keeps_no_more_than_composers(cuda_lists, before, input_dt
 @needs_rounding
 @pytest.mark.parametrize("name", NORMS)
 def test_compiled_code_keeps_a_rounded_residual(cuda_lists, name):
-    """Before each norm, of a float32 residual: two bytes a value, where stock keeps four."""
+    """A float32 residual before a norm is kept in two bytes a value, where stock keeps four."""
     ours, _ = compiled_training_step(model(NORMS[name], True), FP32, lower=True)
     stock, _ = compiled_training_step(model(NORMS[name], True), FP32, lower=False)
     assert ours < 0.97 * stock

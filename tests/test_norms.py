@@ -317,7 +317,7 @@ class Logged(torch.Tensor):
 
 
 def test_subclass_with_torch_function_sees_the_function_and_is_lowered(functional, x):
-    """It is handed one call of layer_norm, as without us, and what it calls beneath is lowered."""
+    """A subclass is handed one call of layer_norm, as without us, and its inner call is lowered."""
     y = x.as_subclass(Logged)
     Logged.functions.clear()
     with low_precision_layernorm(), autocast():
@@ -422,7 +422,7 @@ def test_what_runs_takes_the_parameters_of_pytorchs_function():
 
 
 def test_function_can_be_pickled_and_copied():
-    """By its name, as torch's own."""
+    """The function pickles and copies by its name, as torch's own."""
     with low_precision_layernorm():
         assert pickle.loads(pickle.dumps(F.layer_norm)) is F.layer_norm
         assert copy.deepcopy(F.layer_norm) is F.layer_norm
@@ -433,7 +433,7 @@ def test_function_can_be_pickled_and_copied():
 
 
 class Calls(nn.Module):
-    """One of each, by module and by function."""
+    """A module that calls each norm, by module and by function."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -80,7 +80,7 @@ def test_error_is_not_above_composers(case):
 def float32_noise(
     module: torch.nn.LayerNorm, x: torch.Tensor, upstream: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """How far the output and each gradient are off in float32 already, as norms."""
+    """Return the relative errors of the output and of each gradient in float32 itself."""
     dims = tuple(range(-len(module.normalized_shape), 0))
     weight = module.weight.detach() if module.elementwise_affine else torch.ones(())
     rstd = (x.var(dims, unbiased=False, keepdim=True) + module.eps).rsqrt()

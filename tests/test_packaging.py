@@ -92,7 +92,7 @@ def test_installed_package_is_what_is_tested():
 
 
 def test_metadata_is_read_with_importlib_metadata():
-    """One way of reading metadata: no module takes the standard library's."""
+    """No module reads metadata with the standard library."""
     for path in (ROOT / "lpln_autopatch").rglob("*.py"):
         assert not re.search(r"importlib\.metadata|importlib import metadata", path.read_text()), (
             path

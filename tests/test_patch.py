@@ -24,7 +24,7 @@ LayerNorm = torch.nn.LayerNorm
 
 
 def checkpoint_functions() -> list[object]:
-    """What the package exchanges in torch.utils.checkpoint, as it is there now."""
+    """Return the present functions that the package exchanges in torch.utils.checkpoint."""
     paths = [path.split(".") for path in (*CHECKPOINT_ENTRIES, *CHECKPOINT_RECOMPUTATIONS)]
     return [functools.reduce(getattr, path, torch.utils.checkpoint) for path in paths]
 
@@ -37,7 +37,7 @@ def functions() -> list[object]:
 
 @pytest.mark.parametrize("how", ["enable", "block"])
 def test_functions_are_the_same_objects_at_all_times(how):
-    """Their code alone is ours while something is active, and PyTorch's own otherwise."""
+    """The functions' code alone is ours while a request is active, and PyTorch's own otherwise."""
     before, forward = functions(), vars(LayerNorm)["forward"]
     codes = [function.__code__ for function in before]
     for _ in range(2):
@@ -55,7 +55,7 @@ def test_functions_are_the_same_objects_at_all_times(how):
 
 @pytest.mark.parametrize("bound", ["before", "while active"])
 def test_function_that_was_bound_early_is_lowered(bound):
-    """By an import, by functools.partial, in an attribute: whenever that was."""
+    """A function is lowered that an import, a partial or an attribute bound, however early."""
     x = torch.randn(4, 8)
     if bound == "while active":
         lpln.enable()
@@ -70,7 +70,7 @@ def test_function_that_was_bound_early_is_lowered(bound):
 
 @pytest.mark.parametrize("when", ["before", "active", "after a block", "after disable"])
 def test_what_holds_a_function_can_be_pickled(when):
-    """In any order of activation, and what was pickled while active is PyTorch's own function."""
+    """A pickle made in any order of activation holds PyTorch's own function."""
     held = functools.partial(F.layer_norm, normalized_shape=(8,))
     if when == "active":
         lpln.enable()
@@ -209,7 +209,7 @@ FOREIGN = {
 @pytest.mark.skipif(not hasattr(torch.nn, "RMSNorm"), reason="needs torch 2.4; CI has it")
 @pytest.mark.parametrize("theirs", FOREIGN.values(), ids=FOREIGN)
 def test_only_torchs_own_forward_is_replaced(theirs, layer_norm, monkeypatch):
-    """Whatever else is there runs as it is, and disable() gives it back."""
+    """A forward of somebody else runs as it is, and disable() gives it back."""
     layer_norm.approximate = "none"  # of GELU
     monkeypatch.setattr(LayerNorm, "forward", theirs)
     x = torch.randn(4, 8)
@@ -274,7 +274,7 @@ def test_inactive_process_is_bit_identical(layer_norm):
 
 
 def test_source_of_our_code_is_found():
-    """By inspect, under the file name that begins with torch's: the wrapper's and LPLayerNorm's."""
+    """inspect finds the wrapper's and LPLayerNorm's source, in files named as torch's."""
     source = inspect.getsource(_norms.layer_norm_forward.__code__)
     assert source.startswith("def layer_norm_forward(")
     assert "decide(lowering" in inspect.getsource(lpln.LPLayerNorm.forward.__code__)
@@ -322,8 +322,8 @@ PATCHERS = pytest.mark.parametrize("second", [plain, with_wraps, with_wrapt])
 
 @pytest.mark.parametrize("first", [plain, with_wraps, with_wrapt])
 @PATCHERS
-def test_between_two_patchers(first, second, layer_norm):
-    """One before us and one after us: both are called, disable() leaves both, in their order.
+def test_patchers_before_and_after_us_stay_in_order(first, second, layer_norm):
+    """A patcher before us and one after us are both called, and stay in order after disable().
 
     When they have left, in the reverse order, LayerNorm.forward is torch's own object again.
     """

@@ -45,7 +45,7 @@ def test_precision_engages_for_its_dtypes(name, engages_for):
 
 @pytest.mark.parametrize("value", ["bf61", "off", "0", "", None, torch.float32, 16])
 def test_unknown_precision_is_refused(value):
-    """What is no precision is named in the error, with its source and the valid names."""
+    """An unknown name is an error that gives it, its source and the valid names."""
     with pytest.raises(ValueError, match=r"MY_SOURCE=.* is not a precision") as error:
         Precision.parse(value, "MY_SOURCE")
     assert f"MY_SOURCE={value!r}" in str(error.value)

@@ -146,7 +146,7 @@ print(*kept)
 
 
 def test_rms_norm_keeps_no_float32_copy():
-    """In eager mode stock keeps a float32 copy of a bfloat16 x for backward; lowered, x itself."""
+    """Eager stock keeps a float32 copy of a bfloat16 x for backward; lowered keeps x itself."""
     stock, lowered = map(int, run_forked("-c", KEPT).stdout.split())
     x = 4096 * 512
     assert 0 <= stock - 4 * x < x
@@ -215,7 +215,7 @@ def masked(norm, cast=False):
 
 
 def scattered(norm, cast=False):
-    """Some rows of a float32 residual stream are replaced by what the norm gives for them."""
+    """Replace some rows of a float32 residual stream by the norm's output for them."""
     mask = torch.tensor([True, False, False, True])
     with autocast():
         f = norm(X[mask])
@@ -244,7 +244,7 @@ CAUSES = [
 
 @pytest.mark.parametrize(("program", "error"), CAUSES)
 def test_code_that_needs_float32_fails_and_has_two_remedies(norm, program, error):
-    """It runs stock, fails lowered, and runs with the norm exempt or the cast that it lacked."""
+    """Such code runs stock, fails lowered, and runs with the norm exempt or with a cast."""
     assert program(norm).dtype is FP32
     with low_precision_layernorm():
         with raises(error):

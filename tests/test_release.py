@@ -65,7 +65,7 @@ class Environment:
                 (self.packages / path.name).symlink_to(path)
 
     def run(self, *arguments: str, **variables: str) -> str:
-        """What Python prints in it to stdout; nothing may go wrong."""
+        """Run Python in the environment; return its stdout. It must succeed."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("LPLN_")}
         result = subprocess.run(
             [self.python, *arguments],

@@ -90,7 +90,7 @@ def timm_swin():
 
 
 def observed(model, inputs) -> list[bool]:
-    """Of each call of F.layer_norm: whether a float32 norm's result is bfloat16."""
+    """Return for each call of F.layer_norm if a float32 norm's result is bfloat16."""
     seen = []
     function = F.layer_norm
 
@@ -126,7 +126,7 @@ TIMM = needs_library("timm")
     ],
 )
 def test_every_layer_norm_call_is_lowered(make, calls):
-    """So says the report, and so does a spy, whatever way the model has of calling layer_norm."""
+    """The report and a spy agree that each call is lowered, by any way to call layer_norm."""
     model, inputs = make()
     with low_precision_layernorm("amp"):
         with torch.no_grad(), autocast():

@@ -99,7 +99,7 @@ def test_model_itself_has_a_name_in_the_table():
 
 
 def test_reasons_are_those_of_the_decision():
-    """Of every rule that leaves a call stock, the report has the one that did."""
+    """The report names the rule that has left a call stock, for every rule."""
     norm, x = torch.nn.LayerNorm(8), torch.randn(4, 8)
     assert reasons(norm.double(), x.double()) == ["float64"]
     norm.float()
@@ -136,7 +136,7 @@ def test_other_norms_are_lowered_on_request():
 
 
 def test_norm_that_was_not_called_is_a_row():
-    """It has no calls and no dtypes, comes last, and counts for nothing."""
+    """A norm that was not called is a last row without calls and dtypes, and counts for nothing."""
 
     class Half(torch.nn.ModuleList):
         def forward(self, x):
@@ -298,7 +298,7 @@ def test_gradient_mode_is_the_callers():
 
 
 def test_other_threads_calls_are_not_seen():
-    """What another thread normalises while the model runs is none of its calls."""
+    """Another thread's calls while the model runs are no rows."""
 
     class StartsAThread(torch.nn.LayerNorm):
         def forward(self, x):
@@ -423,8 +423,8 @@ def test_without_inputs_nothing_is_run():
     ]
 
 
-def test_runs_on_meta():
-    """With inputs a model runs wherever it is. Autocast does not know meta: stock."""
+def test_model_on_meta_is_stock():
+    """A model with inputs runs on meta, which autocast does not know: stock."""
     model = torch.nn.LayerNorm(8, device="meta")
     (row,) = lowered_report(model, torch.randn(4, 8, device="meta")).rows
     assert (row.calls, row.lowered) == (1, False)
@@ -439,7 +439,7 @@ def test_word_that_is_no_norm_is_no_row(name):
 
 @pytest.mark.parametrize("name", ["T5LayerNorm", "RmsNorm2d", "Layernorm", "my_norm", "NormAct"])
 def test_word_that_is_a_norm_is_a_row(name):
-    """In CamelCase, with underscores, and the usual names in any case."""
+    """A class is a norm by its name in CamelCase, with underscores, and by the usual names."""
     module = type(name, (ByHand,), {})()
     assert [row.norm for row in report(module).rows] == [name]
     assert [(row.norm, row.lowered) for row in lowered_report(module).rows] == [(name, False)]
@@ -532,7 +532,7 @@ def test_report_inside_a_report_hides_no_call():
 
 
 def test_report_goes_on_where_a_function_is_no_python_function():
-    """What cannot be exchanged was not asked for: the other norms are reported."""
+    """The other norms are reported if a function that was not asked for cannot be exchanged."""
     code = """
         import torch, lpln_autopatch
         torch.nn.functional.group_norm = torch.group_norm
@@ -542,7 +542,7 @@ def test_report_goes_on_where_a_function_is_no_python_function():
 
 
 class Fails(torch.nn.Module):
-    """Its head takes float32, which a stock norm gives it."""
+    """A model whose head takes only float32, which a stock norm gives it."""
 
     def __init__(self):
         super().__init__()
@@ -556,7 +556,7 @@ class Fails(torch.nn.Module):
 
 
 def test_model_that_raises_is_noted_on_its_own_exception():
-    """Its norm calls so far, the norm whose output came last, and what to exempt."""
+    """The note has the norm calls so far, the last norm that returned, and the module to exempt."""
     model = Fails()
     with pytest.raises(RuntimeError) as raised:
         lowered_report(model)
@@ -576,7 +576,7 @@ def test_model_that_raises_is_noted_on_its_own_exception():
 
 
 def test_note_advises_what_it_knows():
-    """No norm, a stock norm, and a model that is a norm: no advice that does not apply."""
+    """The note has no advice where no norm, or a stock norm, has returned."""
     with pytest.raises(ArithmeticError) as raised:
         lowered_report(Raises())
     expected = "lpln_autopatch: no norm had returned when this was raised."
@@ -610,7 +610,7 @@ def test_notebook_shows_tables():
 
 
 def test_enable_shows_a_sentence():
-    """What a notebook shows below a cell that ends with it."""
+    """A notebook shows a sentence below a cell that ends with enable()."""
     assert repr(lpln_autopatch.enable("bf16")) == (
         "Lowered under autocast: layer_norm: precision amp_bf16, backend native. "
         "lpln_autopatch.disable() ends that."

@@ -17,12 +17,12 @@ pytestmark = run_elsewhere("LPLN_TEST_SITE" not in os.environ, "make docs")
 
 @pytest.mark.parametrize("name", lpln_autopatch.__all__)
 def test_public_name_is_on_the_api_page(name):
-    """Whatever is public, and loaded lazily, mkdocstrings finds."""
+    """mkdocstrings finds each public name, though it is loaded lazily."""
     assert f'id="lpln_autopatch.{name}"' in (SITE / "api" / "index.html").read_text()
 
 
 def test_integrations_are_on_the_api_page():
-    """Those that need a framework too, which is not installed where the site is built."""
+    """The integrations are there too, though their frameworks are not installed."""
     page = (SITE / "api" / "index.html").read_text()
     for path in (ROOT / "lpln_autopatch" / "integrations").glob("*.py"):
         if re.search("^(class|def) LowPrecisionLayerNorm", path.read_text(), re.MULTILINE):
@@ -31,7 +31,7 @@ def test_integrations_are_on_the_api_page():
 
 
 def test_docstrings_link_the_names_and_pages_that_they_mention():
-    """No path of a file stands as dead text, and "as for `enable`" leads to it."""
+    """A path of a file is no dead text, and "as for `enable`" is a link to it."""
     page = (SITE / "api" / "index.html").read_text()
     assert not re.findall(r"docs/\w[\w-]*\.md", page)
     assert '<a href="../activation/">Activation</a>' in page
@@ -46,6 +46,6 @@ def test_readme_is_the_home_page():
 
 
 def test_readers_fetch_nothing_from_elsewhere():
-    """No font, script, style or picture comes from another host."""
+    """Fonts, scripts, styles and pictures come from the site itself."""
     for page in SITE.rglob("*.html"):
         assert not re.search(r'(src="|<link [^>]*href=")(https?:)?//', page.read_text()), page

@@ -42,7 +42,7 @@ def block_in_a_cycle() -> None:
 @pytest.mark.filterwarnings("ignore::lpln_autopatch.NoEffectWarning")
 @pytest.mark.parametrize("what", ["enable", "disable", "block"])
 def test_block_that_the_garbage_collector_closes_in_a_change(layer_norm, what):
-    """Wherever in a change it happens, the change holds, and nothing is left of the block."""
+    """A block closed anywhere in a change leaves the change valid, and nothing of itself."""
     original = vars(LayerNorm)["forward"]
 
     def change() -> None:

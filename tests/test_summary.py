@@ -28,14 +28,14 @@ ROUTE = {"AUTOWRAPT_BOOTSTRAP": "lpln_autopatch"}
 
 
 def line(program: str, **environment: str) -> str:
-    """What the program prints to stderr at its end, without what every line has."""
+    """Return the line that the program prints to stderr at its end, without its usual start."""
     (printed,) = lines(program, LPLN_SUMMARY="1", **environment)
     assert printed.endswith(TAIL)
     return printed.removesuffix(TAIL)
 
 
 def lines(program: str, **environment: str) -> list[str]:
-    """Our lines at the end of the program, without the name of the process."""
+    """Return our lines at the end of the program, without the name of the process."""
     environment = {"LPLN_PRECISION": "amp", **ROUTE, **environment}
     stderr = run_python("-c", textwrap.dedent(program), **environment).stderr
     ours = [line for line in stderr.splitlines() if "lpln_autopatch" in line]
@@ -46,14 +46,14 @@ def lines(program: str, **environment: str) -> list[str]:
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_calls_are_counted_with_their_reasons(plain):
-    """Four of five; one that a tensor's class intercepts is one call."""
+    """Four of five calls are lowered; a call that a tensor's class intercepts counts once."""
     assert line(PROGRAM.format(plain=plain)) == (
         "4 of 5 norm calls in eager mode were lowered; stock: 1 (no autocast)"
     )
 
 
 def test_calls_of_other_norms_and_exempt_ones_are_counted():
-    """With LPLN_NORMS and disable(): what is stock then is no decision of ours."""
+    """Calls are counted with LPLN_NORMS; after disable() no call is decided, and none counts."""
     program = """
         import torch, lpln_autopatch
         layer, group = lpln_autopatch.exempt(torch.nn.LayerNorm(8)), torch.nn.GroupNorm(2, 8)
@@ -87,7 +87,7 @@ def test_compiled_code_is_not_counted_and_compiled_once():
     ("precision", "value"), [*(("amp", v) for v in ("", "0", "off")), ("off", "1")]
 )
 def test_nothing_is_printed_unless_it_is_asked_for(precision, value):
-    """Where something was lowered, and without LPLN_PRECISION: no line."""
+    """No line is printed if a call was lowered, or without LPLN_PRECISION."""
     program = PROGRAM.format(plain=True)
     assert lines(program, LPLN_PRECISION=precision, LPLN_SUMMARY=value) == []
 
@@ -103,7 +103,7 @@ with torch.autocast("cpu", dtype=torch.bfloat16):
 
 
 def test_norms_of_which_none_was_lowered_are_a_line():
-    """How many, and the most frequent reason, without LPLN_SUMMARY."""
+    """The line has the number and the most frequent reason, without LPLN_SUMMARY."""
     assert lines(NONE_LOWERED) == ["6 norm calls, none lowered: no autocast."]
     one = "import torch; torch.nn.LayerNorm(8)(torch.randn(4, 8))"
     assert lines(one) == ["1 norm call, none lowered: no autocast."]
@@ -127,7 +127,7 @@ if {trains}:
 
 @pytest.mark.skipif(TORCH_VERSION < (2, 4), reason="no norms by hand there; CI runs later ones")
 def test_norms_that_nobody_asked_for_are_a_line():
-    """If they were trained, and nothing was lowered. With LPLN_NORMS=all nothing is said."""
+    """Other norms that were trained are named if none was lowered, but not with LPLN_NORMS=all."""
     program = NOT_ASKED_FOR.format(trains=True)
     assert lines(program) == [
         "no norm was lowered: LPLN_NORMS=layer_norm leaves 2 modules (GroupNorm, LlamaRMSNorm) "
@@ -161,10 +161,10 @@ def test_compiled_norms_of_which_none_was_lowered_are_a_line(autocast):
 
 
 def test_counting_ends_with_the_first_lowered_call():
-    """From then on the norms call `decide` itself, unless LPLN_SUMMARY wants all."""
+    """Counting costs nothing from then on, unless LPLN_SUMMARY asks for all calls."""
     program = """
         import torch
-        from lpln_autopatch import forward, norms, surgery
+        from lpln_autopatch import _forward as forward, _norms as norms, surgery
         norm, x = torch.nn.LayerNorm(8), torch.randn(4, 8)
         norm(x)
         assert norms.decide is not forward.decide
@@ -177,7 +177,7 @@ def test_counting_ends_with_the_first_lowered_call():
 
 @pytest.mark.parametrize("summary", ["", "1"])
 def test_process_without_norms_prints_nothing(summary):
-    """Such as torchrun's parent, or a worker of a loader."""
+    """A process without norms, as torchrun's parent or a loader's worker, prints no line."""
     assert lines("import torch; torch.nn.LayerNorm(8)", LPLN_SUMMARY=summary) == []
 
 
@@ -207,7 +207,7 @@ def test_forked_child_counts_its_own():
 
 
 def test_rank_is_named():
-    """Where a launcher has given the process one."""
+    """The line names the rank that a launcher has given the process."""
     stderr = run_python("-c", NONE_LOWERED, LPLN_PRECISION="amp", RANK="3", **ROUTE).stderr
     assert stderr.endswith("lpln_autopatch, rank 3: 6 norm calls, none lowered: no autocast.\n")
 
@@ -225,7 +225,7 @@ def test_name_that_matched_no_module_is_named():
 
 @pytest.mark.skipif(TORCH_VERSION < (2, 0), reason="LPLN_EXEMPT needs torch 2.0; CI has later ones")
 def test_name_inside_an_exempt_module_has_matched():
-    """What becomes part of an exempt module is exempt, and its own name counts as found."""
+    """A module added to an exempt module is exempt, and its own name counts as found."""
     program = """
         import torch
         model = torch.nn.Module()

@@ -73,7 +73,7 @@ def dtypes(model: nn.ModuleDict) -> dict[str, torch.dtype]:
 
 
 def test_apply_lowers_what_runs_torchs_forward(model):
-    """What is changed is returned by name and lowered; everything else is left alone."""
+    """The changed modules are returned by name and lowered; all others are left alone."""
     changed = apply_low_precision_layernorm(model)
     assert changed.keys() == LOWERED
     assert all(changed[name] is model[name] for name in changed)
@@ -104,7 +104,7 @@ def test_nothing_but_the_class_changes(model):
     assert seen == [BF16]
 
 
-def test_root_module(layer_norm):
+def test_root_module_is_changed_in_place(layer_norm):
     """A LayerNorm that is the model itself is changed in place."""
     assert apply_low_precision_layernorm(layer_norm) == {"": layer_norm}
     assert output_dtype(layer_norm) is BF16
@@ -114,7 +114,7 @@ def test_root_module(layer_norm):
 
 
 def test_revert_gives_every_class_back(model):
-    """After revert_... the classes, and the instances' attributes, are what they were."""
+    """Classes and the instances' attributes are as before after the reversal."""
     before = {name: (type(m), set(vars(m))) for name, m in model.named_modules()}
     apply_low_precision_layernorm(model)
     assert revert_low_precision_layernorm(model).keys() == LOWERED
@@ -135,7 +135,7 @@ def test_second_apply_replaces_the_first(model, precision):
 
 
 def hooked_after_surgery() -> nn.LayerNorm:
-    """What accelerate's hook does, reverted since: the instance keeps surgery's forward."""
+    """Return a module whose hook, as accelerate's, holds surgery's forward, after the reversal."""
     norm = nn.LayerNorm(8)
     apply_low_precision_layernorm(norm)
     norm.forward = norm.forward
@@ -155,7 +155,7 @@ def test_reverted_module_that_a_hook_holds_is_torchs():
 
 @needs_dynamo
 def test_reverted_module_that_a_hook_holds_compiles():
-    """So it is in compiled code, without a graph break."""
+    """A forward that a hook took is LayerNorm's in compiled code too, without a graph break."""
     compiled = torch.compile(hooked_after_surgery(), fullgraph=True, backend="eager")
     assert output_dtype(compiled) is FP32
     with low_precision_layernorm():
@@ -238,7 +238,7 @@ def test_subclass_of_lplayernorm_keeps_its_class():
     assert output_dtype(norm) is BF16
 
 
-def test_class_on_its_own():
+def test_class_on_its_own_is_lowered():
     """LPLayerNorm takes LayerNorm's arguments, and a precision; exempt() holds for it too."""
     norm = LPLayerNorm(8, eps=1e-3, elementwise_affine=False)
     assert norm.eps == 1e-3
@@ -250,7 +250,7 @@ def test_class_on_its_own():
         assert LPLayerNorm(8, bias=False).bias is None
 
 
-def test_copies_and_pickles(model):
+def test_copies_and_pickles_stay_lowered(model):
     """deepcopy, pickle and torch.save of a whole model keep it lowered, subclasses too."""
     del model["carries"]  # its lambda does not pickle
     apply_low_precision_layernorm(model)
@@ -345,7 +345,7 @@ def test_saved_model_whose_backend_is_missing_is_normalised_natively(layer_norm,
 
 
 def test_subclass_that_cannot_be_subclassed_leaves_nothing_half_done(layer_norm):
-    """Its own error, and every module as it was: those before it in the model too."""
+    """The subclass's error passes, and every module is as before, earlier ones too."""
 
     class Final(nn.LayerNorm):
         def __init_subclass__(cls) -> None:
@@ -392,7 +392,7 @@ class BehindGraphBreaks(nn.Module):
 @needs_dynamo
 @pytest.mark.parametrize("surgery", [False, True])
 def test_norms_behind_graph_breaks_are_no_frames_of_their_own(surgery):
-    """Nothing is compiled for them, as for stock ones; a LayerNorm that is compiled itself is."""
+    """No frame is compiled for a norm behind a graph break, as for stock; for itself, one is."""
     from torch._dynamo.testing import CompileCounter
 
     model, norm, count = BehindGraphBreaks(), nn.LayerNorm(8), CompileCounter()
@@ -406,7 +406,7 @@ def test_norms_behind_graph_breaks_are_no_frames_of_their_own(surgery):
 
 
 @pytest.mark.skipif(TORCH_VERSION < (2, 0), reason="torch 1.13's parametrize differs; CI runs it")
-def test_parametrized_layernorm():
+def test_parametrized_layernorm_is_lowered():
     """The class that a parametrization makes inherits forward: lowered, with its weight."""
 
     class Doubled(nn.Module):
@@ -480,14 +480,14 @@ os._exit(0)  # gloo's threads sometimes abort the process while the interpreter 
 
 
 @pytest.mark.skipif(TORCH_VERSION < (2, 6), reason="fully_shard is public in torch >= 2.6")
-def test_fully_sharded_and_ddp_models(tmp_path):
+def test_fully_sharded_and_ddp_models_are_lowered(tmp_path):
     """Surgery on what fully_shard made of a LayerNorm, and inside a DDP wrapper that exists."""
     result = run_forked("-c", FULLY_SHARD, str(tmp_path / "rendezvous"))
     assert result.stdout.split() == ["1", "torch.bfloat16"] * 2
 
 
 def test_surgery_needs_no_activation():
-    """In a fresh process surgery lowers one model, and wraps nothing."""
+    """Surgery lowers one model in a fresh process, and wraps nothing."""
     code = """
 import torch, lpln_autopatch
 original = vars(torch.nn.LayerNorm)["forward"]

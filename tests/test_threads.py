@@ -18,7 +18,7 @@ LayerNorm = torch.nn.LayerNorm
 
 
 @pytest.mark.parametrize("how", ["enable and disable", "blocks"])
-def test_activation_while_threads_run_forward(layer_norm, how):
+def test_activation_while_threads_run_forward_keeps_calls_whole(layer_norm, how):
     """Every call of every thread is either stock or lowered, whole, with its gradient."""
     original = vars(LayerNorm)["forward"]
     x = torch.randn(4, 8)
@@ -67,7 +67,7 @@ def test_activation_while_threads_run_forward(layer_norm, how):
 
 @needs_dynamo
 def test_blocks_while_a_thread_runs_compiled_code(layer_norm):
-    """Once both variants are compiled, blocks that open and close reach another thread's calls."""
+    """Blocks that open and close reach another thread's calls, once both variants are compiled."""
     compiled = torch.compile(layer_norm, backend="eager")
     x = torch.randn(4, 8)
     for _ in range(2):
@@ -204,7 +204,7 @@ print(importer.is_alive(), disabler.is_alive(), lpln.status().precision)
 
 @pytest.mark.parametrize("module", ["torch.nn.functional", "lpln_autopatch._patch"])
 def test_disable_while_another_thread_imports_torch(module):
-    """With LPLN_PRECISION set, neither waits for the other, and what is asked for last holds."""
+    """Neither thread waits for the other, and the last request holds, with LPLN_PRECISION set."""
     result = run_python(
         "-c", DISABLED_DURING_IMPORT, module, LPLN_PRECISION="amp", timeout=150, **A_ROUTE
     )
@@ -299,7 +299,7 @@ def test_code_compiled_during_a_switch_follows_from_then_on(what):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork; Linux CI has it")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("how", ["enable", "block"])
-def test_child_forked_after_activation(layer_norm, how):
+def test_child_forked_after_activation_is_lowered(layer_norm, how):
     """The child is lowered; what it undoes, it undoes for itself, and completely."""
     original = vars(LayerNorm)["forward"]
 

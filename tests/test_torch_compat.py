@@ -44,7 +44,7 @@ def is_used(name: Name) -> bool:
 
 
 def has(holder: Any, attribute: str) -> bool:
-    """Whether `holder` has it, declares it for its instances, or sets it on an argument."""
+    """Return True if `holder` has the name, declares it, or sets it on an argument."""
     if attribute in getattr(holder, "__annotations__", {}) or hasattr(holder, attribute):
         return True
     return attribute in getattr(getattr(holder, "__code__", None), "co_names", ())
@@ -91,7 +91,7 @@ def defined_here() -> set[str]:
 
 
 def private_uses() -> Iterator[str]:
-    """What the package reads by a private name: chains of attributes, imports, and strings."""
+    """Return the private names that the package reads: attributes, imports, and strings."""
     for node in (node for tree in TREES for node in ast.walk(tree)):
         if isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -108,7 +108,7 @@ def private_uses() -> Iterator[str]:
 
 @pytest.mark.parametrize("path", [name.path for name in NAMES if is_used(name)])
 def test_torch_has_the_private_name(path):
-    """It is there in every torch for which the package uses it."""
+    """The name exists in every torch for which the package uses it."""
     assert exists(path)
 
 

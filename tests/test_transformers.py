@@ -147,7 +147,7 @@ BF16, FP32 = ["torch.bfloat16"], ["torch.float32"]
 
 
 def run(code: str, **environment: str) -> dict[str, object]:
-    """What the program prints last. (The Trainer prints too.)"""
+    """Run the program; return the results in its last line. The Trainer prints too."""
     result = run_python("-c", PROGRAM + code, OMP_NUM_THREADS="1", **environment)
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -212,7 +212,7 @@ def test_gradient_checkpointing_changes_no_bit(with_the_variable, without_the_va
 
 
 @needs_transformers
-def test_train_that_raises():
+def test_train_that_raises_ends_its_block():
     """The callback's block ends with the next train(), or with the Trainer.
 
     Where the Trainer itself goes on, with a smaller batch, it is left once and for all.

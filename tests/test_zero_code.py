@@ -53,7 +53,7 @@ def test_variable_lowers_an_unchanged_program(program, environment):
 
 @pytest.mark.parametrize("environment", ROUTES.values(), ids=ROUTES)
 def test_routes_activate_once(environment):
-    """However many routes are on, there is one activation and one wrapper."""
+    """Several routes give one activation and one wrapper."""
     code = """
         import logging
         logging.basicConfig(level="INFO", format="%(name)s %(levelname)s")
@@ -98,14 +98,14 @@ def test_wrong_value_stops_the_process(program, environment):
     ],
 )
 def test_wrong_value_has_a_hint(program, value, hint):
-    """What switches are called elsewhere, and float16 by the trainers' name, stop with a hint."""
+    """Words for "on" of other programs, and the trainers' name for float16, stop with a hint."""
     result = run_python(program, check=False, LPLN_PRECISION=value, **A_ROUTE)
     assert (result.returncode, result.stdout) == (1, "")
     assert hint in result.stderr
 
 
 def warned(**environment) -> str:
-    """What `import torch` prints that is ours, where warnings are errors and all routes open."""
+    """Return our output of `import torch`, where warnings are errors and all routes open."""
     code = "import warnings; warnings.simplefilter('error', UserWarning); import torch"
     result = run_python("-c", code, **{**ROUTES["all"], **environment})
     return "".join(line for line in result.stderr.splitlines() if "LPLN" in line)
@@ -132,7 +132,7 @@ def warned(**environment) -> str:
     ],
 )
 def test_misspelt_or_lonely_variable_is_one_line(environment, line):
-    """Once on stderr, however many routes are open, and also where warnings are errors."""
+    """The line appears once on stderr, with all routes open, and where warnings are errors."""
     printed = warned(**environment)
     assert printed.startswith(f"lpln_autopatch: {line}")
     assert printed.count("did you mean") == 1
@@ -172,7 +172,7 @@ def test_wrong_value_cannot_be_swallowed(tmp_path):
 
 @needs_autoload
 def test_wrong_value_is_seen_in_a_thread():
-    """In a thread Python ignores SystemExit: there the error is one that it prints."""
+    """A thread, in which Python ignores SystemExit, gets an error that Python prints."""
     code = """
         import threading
         thread = threading.Thread(target=__import__, args=("torch",))
@@ -185,7 +185,7 @@ def test_wrong_value_is_seen_in_a_thread():
 
 @needs_autoload
 def test_broken_installation_stops_the_process(tmp_path):
-    """With the variable set, a dependency that does not import is an error, not a stock run."""
+    """A dependency that does not import is an error with the variable set, not a stock run."""
     (tmp_path / "wrapt.py").write_text("raise ImportError('no wrapt here')")
     code = "import torch; print('ran')"
     environment = {"PYTHONPATH": str(tmp_path)}
@@ -254,7 +254,7 @@ def test_shadowed_sitecustomize_still_runs(tmp_path, program, precision):
 
 
 def test_sitecustomize_folder_may_be_on_the_path_twice(tmp_path, program):
-    """Under a second name it is not taken for the one that it shadows."""
+    """The folder under a second name is not taken for the module that it shadows."""
     (tmp_path / "again").symlink_to(SITECUSTOMIZE)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "sitecustomize.py").write_text("print('theirs')")
@@ -266,7 +266,7 @@ def test_sitecustomize_folder_may_be_on_the_path_twice(tmp_path, program):
 
 @pytest.mark.parametrize("value", ["", "off", "0"])
 def test_sitecustomize_imports_nothing_when_off(value):
-    """With the variable off, the hook's library is not imported either."""
+    """The hook's library is not imported either with the variable off."""
     code = "import sys; print('wrapt' in sys.modules)"
     result = run_python("-c", code, LPLN_PRECISION=value, PYTHONPATH=SITECUSTOMIZE)
     assert result.stdout.split() == ["False"]
@@ -287,7 +287,7 @@ print(*(name in sys.modules for name in names))
 
 
 def test_unset_imports_nothing():
-    """With the variable unset, `import torch` imports neither wrapt nor importlib-metadata."""
+    """`import torch` imports neither wrapt nor importlib-metadata with the variable unset."""
     assert run_python("-c", IMPORTED).stdout.split() == ["False"] * 3
 
 
@@ -347,7 +347,7 @@ def test_barred_module_of_ours_is_no_fault():
     ],
 )
 def test_our_import_before_torchs(first):
-    """With the variable set, using us before torch re-enters us from torch's import: it works."""
+    """Importing us before torch works with the variable set, though torch's import re-enters us."""
     code = f"{first}\n{PROGRAM}\nimport lpln_autopatch; print(lpln_autopatch.status().precision)"
     result = run_python("-c", code, LPLN_PRECISION="amp")
     precision = "amp_bf16" if "bf16" in first else "amp"
@@ -403,7 +403,7 @@ def dtype():
 
 
 def test_disable_before_torch_is_imported_holds():
-    """With LPLN_PRECISION set: it imports torch itself, and then undoes the variable."""
+    """disable() with LPLN_PRECISION set imports torch itself, and then undoes the variable."""
     code = "import lpln_autopatch; lpln_autopatch.disable(); import torch; print(dtype())"
     result = run_python("-c", DTYPE + code, LPLN_PRECISION="amp", **A_ROUTE)
     assert result.stdout == "torch.float32\n"
@@ -437,7 +437,7 @@ print(dtype(), vars(torch.nn.LayerNorm)["forward"] is unwrap(torch.nn.LayerNorm.
 @pytest.mark.parametrize("precision", ["", "amp"])
 @pytest.mark.parametrize("module", ["torch.version", "torch.nn.functional", "torch.optim"])
 def test_enable_in_the_middle_of_torchs_import(module, precision):
-    """It is refused, as Python refuses it, and once torch is there everything works."""
+    """enable() is refused there, as Python refuses it, and works once torch is imported."""
     code = DTYPE + ENABLED_DURING
     result = run_python("-c", code, module, LPLN_PRECISION=precision, **A_ROUTE)
     source = "environment torch.bfloat16" if precision else "None torch.float32"
@@ -469,7 +469,7 @@ print(dtype(), lpln_autopatch.status().source)
 
 
 def test_import_of_torch_that_fails_and_is_repeated():
-    """Nothing happens at the failure, whose error passes; an import that succeeds activates.
+    """A failing import passes its own error and activates nothing; the next that succeeds does.
 
     torch 2.15 refuses the second by itself; 2.13 and 1.13 do not.
     """
