@@ -30,7 +30,7 @@ import lpln_autopatch as lpln
 from lpln_autopatch import _norms, low_precision_layernorm
 from lpln_autopatch._torch_compat import HAS_RMS_NORM, TORCH_VERSION
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BF16, FP32 = torch.bfloat16, torch.float32
 nn = torch.nn
 
 needs_rms_norm = pytest.mark.skipif(
@@ -147,9 +147,6 @@ def test_float64_parameters_are_stock(x):
     assert str(ours.value) == str(stock.value)
 
 
-# ---- group_norm and rms_norm, on request
-
-
 def test_other_norms_are_stock_unless_asked_for(x):
     """The default is what the name promises: LayerNorm alone, and nothing else is patched."""
     before = F.group_norm
@@ -226,51 +223,6 @@ def test_innermost_block_decides_which_norms(x):
             assert dtypes() == [FP32, BF16]
         assert dtypes() == [BF16, BF16]
     assert dtypes() == [FP32, FP32]
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("layer_norm", ("layer_norm",)),
-        (" Group_Norm , layer_norm", ("layer_norm", "group_norm")),
-        (["group_norm", "group_norm"], ("group_norm",)),
-        (("all",), _norms.NAMES),
-        ("all", _norms.NAMES),
-    ],
-)
-def test_norms_are_named(value, expected):
-    """A name, several in a string or a list, or all; status() shows them."""
-    lpln.enable(norms=value)
-    assert lpln.status().norms == expected
-    assert f"norms        {', '.join(expected)}" in str(lpln.status())
-
-
-@pytest.mark.parametrize("value", ["layernorm", ["layer_norm", "batch_norm"], "", [], 3])
-def test_wrong_norms_are_refused(value):
-    """A ValueError with the value and the valid names, and nothing has changed."""
-    lpln.enable("bf16")
-    before = lpln.status()
-    for ask in (lpln.enable, low_precision_layernorm):
-        with pytest.raises(ValueError, match="norms=") as error:
-            ask(norms=value)
-        assert repr(value) in str(error.value)
-        assert all(name in str(error.value) for name in (*_norms.NAMES, "all"))
-    assert lpln.status() == before
-
-
-def test_variable_names_the_norms_where_no_argument_does(monkeypatch):
-    """LPLN_NORMS is the default of the argument, as LPLN_BACKEND is of backend."""
-    monkeypatch.setenv("LPLN_NORMS", "layer_norm,group_norm")
-    lpln.enable()
-    assert lpln.status().norms == ("layer_norm", "group_norm")
-    lpln.enable(norms="layer_norm")
-    assert lpln.status().norms == ("layer_norm",)
-    monkeypatch.setenv("LPLN_NORMS", "batchnorm")
-    with pytest.raises(ValueError, match=r"LPLN_NORMS='batchnorm'.*group_norm"):
-        lpln.enable()
-
-
-# ---- who else deals with these functions
 
 
 def test_torchscript_gets_the_stock_function(functional, x):
@@ -427,9 +379,6 @@ def test_function_can_be_pickled_and_copied():
         assert pickle.loads(pickle.dumps(F.layer_norm)) is F.layer_norm
         assert copy.deepcopy(F.layer_norm) is F.layer_norm
         assert inspect.getsource(F.layer_norm).startswith("def layer_norm(")
-
-
-# ---- compiled code
 
 
 class Calls(nn.Module):
