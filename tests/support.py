@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -18,8 +19,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
-from lpln_autopatch._torch_compat import TORCH_VERSION
+from lpln_autopatch import _norms
+from lpln_autopatch._torch_compat import (
+    CHECKPOINT_ENTRIES,
+    CHECKPOINT_RECOMPUTATIONS,
+    TORCH_VERSION,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -151,6 +158,14 @@ def layer_norm_dtypes(model: torch.nn.Module) -> Iterator[list[str]]:
     yield dtypes
     for hook in hooks:
         hook.remove()
+
+
+def exchanged_functions() -> list[object]:
+    """Return the functions that the package exchanges, as they are in PyTorch now."""
+    named = [getattr(torch.nn.functional, name) for name in _norms.FUNCTIONS]
+    paths = [path.split(".") for path in (*CHECKPOINT_ENTRIES, *CHECKPOINT_RECOMPUTATIONS)]
+    checkpointing = [functools.reduce(getattr, path, torch.utils.checkpoint) for path in paths]
+    return [*named, inspect.unwrap(torch.nn.LayerNorm.forward), *checkpointing]
 
 
 def digest(model: torch.nn.Module) -> str:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import textwrap
-import threading
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import wrapt
+from compiled import Model
 from support import NO_CPP, autocast, needs_dynamo, output_dtype, run_python
 
 import lpln_autopatch as lpln
-from lpln_autopatch import NoEffectWarning, _dynamo, _forward, low_precision_layernorm
+from lpln_autopatch import NoEffectWarning, _forward, low_precision_layernorm
 from lpln_autopatch._torch_compat import TORCH_VERSION
 
 pytestmark = needs_dynamo
@@ -22,33 +21,9 @@ pytestmark = needs_dynamo
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-class Model(torch.nn.Module):
-    """A LayerNorm that gets float32, between other operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = torch.nn.LayerNorm(8)
-
-    def forward(self, x):
-        return self.norm(x.sin()) * 2
-
-
 @pytest.fixture
 def model():
-    """A model whose LayerNorm has parameters that are not ones and zeros."""
-    model = Model()
-    torch.nn.init.normal_(model.norm.weight, 1.0, 0.2)
-    torch.nn.init.normal_(model.norm.bias, 0.0, 0.2)
-    return model
-
-
-@pytest.fixture
-def compile_and_count():
-    """torch.compile(fullgraph=True) on a backend that counts compilations."""
-    from torch._dynamo.testing import CompileCounter
-
-    counter = CompileCounter()
-    return lambda f: torch.compile(f, backend=counter, fullgraph=True), counter
+    return Model()
 
 
 def run(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -76,38 +51,6 @@ def test_compiled_equals_eager(model, compile_first, input_dtype):
     assert run(compiled, x)[0].dtype is BF16
     lpln.disable()
     assert run(compiled, x)[0].dtype is input_dtype
-
-
-def test_toggling_costs_one_compilation_for_each_variant(model, compile_and_count):
-    """on, off, on, off by blocks: two compilations, and the right dtype each time."""
-    compile_, counter = compile_and_count
-    compiled = compile_(model)
-    for _ in range(3):
-        with low_precision_layernorm():
-            assert output_dtype(compiled) is BF16
-        assert output_dtype(compiled) is FP32
-    assert counter.frame_count == 2
-    with low_precision_layernorm():
-        with low_precision_layernorm("fp32"):
-            assert output_dtype(compiled) is FP32
-        assert output_dtype(compiled) is BF16
-    assert counter.frame_count == 2
-
-
-def test_code_compiled_before_enabling_follows(model, compile_and_count):
-    """Code that was compiled before the patch is compiled again, not left stock."""
-    compile_, _ = compile_and_count
-    compiled = compile_(model)
-    assert output_dtype(compiled) is FP32
-    with low_precision_layernorm():
-        assert output_dtype(compiled) is BF16
-    assert output_dtype(compiled) is FP32
-    lpln.enable("bf16")
-    assert output_dtype(compiled) is BF16
-    lpln.disable()
-    assert output_dtype(compiled) is FP32
-    lpln.enable("amp")
-    assert output_dtype(compiled) is BF16
 
 
 def test_compiled_layernorm_by_itself(layer_norm):
@@ -315,25 +258,6 @@ def test_second_process_hits_the_aot_autograd_cache(tmp_path):
     assert "autograd_cache_bypass" not in counters[0]
 
 
-def test_code_that_cannot_follow_is_dropped(model, compile_and_count, monkeypatch):
-    """Each change compiles anew before torch 2.5, where compiled code has no guard."""
-    from lpln_autopatch import _torch_compat
-
-    monkeypatch.setattr(_torch_compat, "DYNAMO_TRACES_NORMS", False)
-    compile_, counter = compile_and_count
-    compiled = compile_(model)
-    for _ in range(2):
-        with low_precision_layernorm():
-            assert output_dtype(compiled) is BF16
-            with low_precision_layernorm():
-                assert output_dtype(compiled) is BF16
-    assert counter.frame_count == 2
-    lpln.exempt(model)
-    with low_precision_layernorm():
-        assert output_dtype(compiled) is FP32
-    assert counter.frame_count == 3
-
-
 class BreaksTheGraph(torch.nn.Module):
     """Calls many LayerNorms from frames that Dynamo cannot trace."""
 
@@ -385,273 +309,3 @@ def test_compiled_layernorm_by_itself_survives_disable(layer_norm):
     assert output_dtype(compiled) is FP32
     lpln.enable()
     assert output_dtype(compiled) is BF16
-
-
-def test_enabling_again_drops_only_what_could_be_stale(model, compile_and_count):
-    """disable(), enable() with nothing compiled between keeps compiled code; else it goes."""
-    compile_, counter = compile_and_count
-    compiled = compile_(model)
-    for _ in range(3):
-        lpln.enable()
-        assert output_dtype(compiled) is BF16
-        lpln.disable()
-    assert counter.frame_count == 1
-    assert output_dtype(compiled) is FP32
-    lpln.enable()
-    assert output_dtype(compiled) is BF16
-    lpln.disable()
-    torch._dynamo.reset()
-    assert output_dtype(compiled) is FP32
-    lpln.enable()
-    assert output_dtype(compiled) is BF16
-
-
-def norm_with_pauses(in_the_backend, before_the_norm=None, norm=None):
-    """A compiled norm. While it is first compiled, another thread runs what is given."""
-    pauses = {"backend": in_the_backend, "trace": before_the_norm}
-    norm = norm or torch.nn.LayerNorm(8)
-
-    @torch._dynamo.assume_constant_result
-    def pause(where: str) -> None:
-        function = pauses.pop(where, None)
-        if function is not None:
-            thread = threading.Thread(target=function)
-            thread.start()
-            thread.join(60)
-
-    def backend(graph, inputs):
-        pause("backend")
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    def call(x):
-        pause("trace")
-        return norm(x)
-
-    return torch.compile(call, backend=backend)
-
-
-@pytest.mark.parametrize(
-    ("before", "meanwhile"),
-    [
-        (["enable"], "disable"),
-        ([], "enable"),
-        (["enable", "disable"], "enable"),
-        (["enter"], "leave"),
-        (["enter", "leave"], "enter"),
-        (["enable amp"], "enable"),
-        (["enable group_norm"], "enable"),
-        (["enable", "forget"], "disable"),
-    ],
-)
-def test_code_compiled_during_a_later_switch_follows_from_then_on(before, meanwhile):
-    """The norm was traced before the switch, and Dynamo makes its guards after it."""
-    block = low_precision_layernorm("bf16")
-    switch = {
-        "enable": lambda: lpln.enable("bf16"),
-        "enable amp": lambda: lpln.enable("amp"),
-        "enable group_norm": lambda: lpln.enable("bf16", norms="group_norm"),
-        "disable": lpln.disable,
-        "forget": torch.compiler.reset,  # it also forgets who wants to be told of compilations
-        "enter": block.__enter__,
-        "leave": lambda: block.__exit__(None, None, None),
-    }
-    for what in before:
-        switch[what]()
-    compiled = norm_with_pauses(switch[meanwhile])
-    output_dtype(compiled)  # of this call alone, either dtype is right
-    assert output_dtype(compiled) is (FP32 if meanwhile in ("disable", "leave") else BF16)
-    if meanwhile == "enter":
-        switch["leave"]()
-    for what in ("disable", "enable", "disable", "enable"):
-        switch[what]()
-        assert output_dtype(compiled) is {"enable": BF16, "disable": FP32}[what]
-
-
-def test_module_that_is_exempt_since_it_was_traced_is_stock_at_the_next_call(layer_norm):
-    """Another thread exempts it during the compilation."""
-    lpln.enable()
-    compiled = norm_with_pauses(lambda: lpln.exempt(layer_norm), norm=layer_norm)
-    output_dtype(compiled)
-    assert output_dtype(compiled) is FP32
-    lpln.exempt(layer_norm, False)
-    assert output_dtype(compiled) is BF16
-
-
-@pytest.mark.parametrize("thread", ["the compiling one", "another"])
-def test_what_changes_nothing_outdates_nothing(thread):
-    """A block of the compile backend, or another thread's block of what is in force already."""
-    compilations = []
-
-    def in_a_block():
-        with low_precision_layernorm("bf16"):
-            pass
-
-    def backend(graph, inputs):
-        compilations.append(graph)
-        if thread == "another":
-            switching = threading.Thread(target=in_a_block)
-            switching.start()
-            switching.join(60)
-        else:
-            in_a_block()
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    lpln.enable("bf16" if thread == "another" else "amp")
-    compiled = torch.compile(torch.nn.LayerNorm(8), backend=backend)
-    assert [output_dtype(compiled) for _ in range(3)] == [BF16] * 3
-    assert len(compilations) == 1
-
-
-def test_code_compiled_behind_another_patchers_function_follows(monkeypatch):
-    """A switch of another thread during the compilation is followed through their function."""
-    torchs_own = torch.nn.functional.layer_norm
-
-    def theirs(*args, **kwargs):
-        return torchs_own(*args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "layer_norm", theirs)
-    compiled = norm_with_pauses(lambda: lpln.enable("bf16"))
-    output_dtype(compiled)
-    assert output_dtype(compiled) is BF16
-    lpln.disable()
-    assert output_dtype(compiled) is FP32
-
-
-def test_a_block_of_another_thread_within_a_compilation_leaves_no_trace():
-    """Entered before the norm is traced, left before Dynamo makes its guards: stock afterwards."""
-    block = low_precision_layernorm("bf16")
-    compiled = norm_with_pauses(lambda: block.__exit__(None, None, None), block.__enter__)
-    output_dtype(compiled)
-    assert output_dtype(compiled) is FP32
-    lpln.enable()
-    assert output_dtype(compiled) is BF16
-
-
-guards_on_code = pytest.mark.skipif(
-    TORCH_VERSION < (2, 12), reason="docs/pitfalls.md says so; CI runs this on later ones"
-)
-
-
-class HoldsTheFunction(torch.nn.Module):
-    """PyTorch's function itself is an attribute, as quantisers have it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.op = torch.nn.functional.layer_norm
-
-    def forward(self, x):
-        return self.op(x.sin(), (8,)) * 2
-
-
-@guards_on_code
-def test_code_compiled_before_the_first_activation_follows():
-    """A function that a module holds follows on, off, on in a process that had never activated."""
-    code = """
-        import sys, torch, lpln_autopatch as lpln
-        sys.path.insert(0, sys.argv[1])
-        from test_compile import HoldsTheFunction
-
-        compiled = torch.compile(HoldsTheFunction(), backend="aot_eager", fullgraph=True)
-        def dtype():
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                return str(compiled(torch.randn(4, 8)).dtype)[6:]
-
-        seen = [dtype()]
-        for _ in range(2):
-            lpln.enable("bf16")
-            seen.append(dtype())
-            lpln.disable()
-            seen.append(dtype())
-        print(*seen)
-    """
-    result = run_python("-c", textwrap.dedent(code), str(Path(__file__).parent))
-    assert result.stdout.split() == ["float32", "bfloat16", "float32", "bfloat16", "float32"]
-
-
-def test_code_that_cannot_follow_the_first_activation_is_warned_of(model, monkeypatch):
-    """A warning comes before torch 2.12, once, and only if code has been compiled."""
-    output_dtype(torch.compile(model, backend="eager"))
-    with low_precision_layernorm():
-        pass
-    monkeypatch.setattr(_dynamo, "GRAPHS_GUARD_ON_CODE", False)
-    monkeypatch.setattr(_dynamo, "_stock_rules", {})
-    with pytest.warns(RuntimeWarning, match=r"torch\.compiler\.reset\(\)"):
-        lpln.enable()
-    lpln.disable()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        lpln.enable()
-    monkeypatch.undo()
-    lpln.disable()
-    with low_precision_layernorm():
-        pass  # Dynamo has its own rule back
-
-
-@guards_on_code
-@pytest.mark.parametrize("before", ["nothing", "a block", "enable and disable"])
-@pytest.mark.parametrize("how", ["compile", "export"])
-def test_graphs_made_while_nothing_is_active_name_the_function(before, how):
-    """Graphs name PyTorch's function, also after a traced activation: partitioners find it."""
-    from torch.fx.passes.utils.source_matcher_utils import get_source_partitions
-
-    class Model(torch.nn.Module):
-        def forward(self, x):
-            return torch.nn.functional.layer_norm(x.sin(), (8,)) * 2
-
-    model, graphs = Model(), []
-    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph)
-    if before == "a block":
-        with low_precision_layernorm():
-            assert output_dtype(compiled) is BF16
-    if before == "enable and disable":
-        lpln.enable()
-        assert output_dtype(compiled) is BF16
-        lpln.disable()
-    if how == "compile":
-        assert output_dtype(compiled) is FP32
-        graph = graphs[-1].graph
-    else:
-        graph = torch.export.export(model, (torch.randn(4, 8),), strict=True).graph
-    assert len(get_source_partitions(graph, [torch.nn.functional.layer_norm])) == 1
-
-
-PRECOMPILED = """
-import json, sys, torch, torch.nn.functional as F, lpln_autopatch
-def double(x):
-    return F.layer_norm(x, (16,)) * 2
-compiled = torch.compile(double, options=json.loads(sys.argv[1]))
-def dtype():
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        return str(compiled(torch.randn(4, 16)).dtype)[6:]
-seen = [dtype()]
-torch.compiler.save_cache_artifacts()
-if sys.argv[2] == "switch":
-    lpln_autopatch.enable()
-    seen.append(dtype())
-lpln_autopatch.disable()
-print(*seen, dtype())
-"""
-
-
-@pytest.mark.skipif(
-    TORCH_VERSION < (2, 15),
-    reason="torch 2.13 cannot load what it saved itself; CI runs this on 2.15",
-)
-def test_precompiled_code_is_shared_by_no_lowered_process(tmp_path):
-    """TORCH_CACHING_PRECOMPILE keeps no guard: stock and lowered processes, one cache, a switch."""
-    script = tmp_path / "precompiled.py"
-    script.write_text(PRECOMPILED)
-    folder = {
-        "TORCH_CACHING_PRECOMPILE": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
-    }
-    seen = [
-        run_python(str(script), json.dumps(NO_CPP), how, **variables, **folder).stdout.split()
-        for how, variables in (
-            ("", {}),
-            ("", {"LPLN_PRECISION": "amp"}),
-            ("switch", {}),
-        )
-    ]
-    low, full = "bfloat16", "float32"
-    assert seen == [[full, full], [low, full], [full, low, full]]

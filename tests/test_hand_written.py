@@ -658,7 +658,7 @@ def test_compiled_code_follows_a_method_of_the_modules_own():
 @pytest.mark.parametrize("first", ["stock", "lowered"])
 def test_code_compiled_during_a_switch_follows_from_then_on(first):
     """Code traced before the switch of another thread, and guarded after it, follows."""
-    from test_compile import norm_with_pauses
+    from compiled import norm_with_pauses
 
     with by_hand():
         pass  # from now on

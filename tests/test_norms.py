@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import json
 import pickle
 import re
 import threading
@@ -16,15 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import wrapt
-from support import (
-    AUTOCAST_DTYPES,
-    NO_CPP,
-    autocast,
-    needs_dynamo,
-    output_dtype,
-    run_forked,
-    run_python,
-)
+from support import AUTOCAST_DTYPES, autocast, needs_dynamo, output_dtype
 
 import lpln_autopatch as lpln
 from lpln_autopatch import _norms, low_precision_layernorm
@@ -427,20 +418,6 @@ def test_compiled_code_obeys_the_switch(x, backend):
 
 
 @needs_dynamo
-def test_first_activation_recompiles_nothing_without_norms(x):
-    """Code that holds no norm is not compiled again, whatever is switched."""
-    graphs = []
-    run = torch.compile(nn.Linear(8, 8), backend=lambda g, inputs: graphs.append(g) or g)
-    run(x)
-    for _ in range(3):
-        with low_precision_layernorm():
-            run(x)
-        lpln.disable()
-        run(x)
-    assert len(graphs) == 1
-
-
-@needs_dynamo
 def test_foreign_function_wrapper_above_is_looked_through(x):
     """Dynamo runs what a wrapt.FunctionWrapper wraps, ours, without an error of its guards."""
     original = F.layer_norm
@@ -453,69 +430,3 @@ def test_foreign_function_wrapper_above_is_looked_through(x):
             assert dtypes_of(run, x) == "ssss"
     finally:
         F.layer_norm = original
-
-
-COMPILED_IN_A_PROCESS = """
-import json, sys
-import torch
-if "late" in sys.argv:
-    import torch._dynamo
-import lpln_autopatch as lpln
-if "lowered" in sys.argv:
-    lpln.enable()
-if "distributed" in sys.argv:
-    import torch._dynamo
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(),
-                                         rank=0, world_size=1)
-F = torch.nn.functional
-torch.manual_seed(0)
-norm, linear = torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)
-def function(x):
-    return F.layer_norm(linear(x).float(), (8,))
-def module(x):
-    return norm(linear(x).float())
-# Each by itself: the guards of one would do for the other, too.
-options = json.loads(sys.argv[2])
-runs = [torch.compile(f, backend=sys.argv[1], fullgraph=True, options=options)
-        for f in (function, module)]
-def show():
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        print(*(str(run(torch.ones(4, 8)).dtype)[6:] for run in runs))
-show()
-if "toggle" in sys.argv:
-    lpln.disable(), show()
-    lpln.enable(), show()
-    with lpln.low_precision_layernorm("fp32"):
-        show()
-"""
-LOWERED, STOCK = "bfloat16 bfloat16", "float32 float32"
-
-
-@needs_dynamo
-@pytest.mark.parametrize("when", ["early", "late"])
-@pytest.mark.parametrize("group", ["alone", "distributed"])
-def test_activation_before_dynamo_is_imported(when, group):
-    """Dynamo puts what it finds under torch's names into graphs untraced; ours it traces.
-
-    Also where torch.distributed has it look at the names again.
-    """
-    arguments = ("aot_eager", "null", "lowered", "toggle", when, group)
-    result = run_forked("-c", COMPILED_IN_A_PROCESS, *arguments)
-    assert result.stdout.splitlines() == [LOWERED, STOCK, LOWERED, STOCK]
-
-
-@needs_dynamo
-@pytest.mark.parametrize("first", ["lowered", "stock"])
-def test_processes_share_a_compile_cache(tmp_path, first):
-    """Stock and lowered processes with one cache folder never get each other's code."""
-    expected = {"lowered": LOWERED, "stock": STOCK}
-    for kind in (first, "stock" if first == "lowered" else "lowered"):
-        result = run_python(
-            "-c",
-            COMPILED_IN_A_PROCESS,
-            "inductor",
-            json.dumps(NO_CPP),
-            kind,
-            TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
-        )
-        assert result.stdout.splitlines() == [expected[kind]]

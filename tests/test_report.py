@@ -13,12 +13,7 @@ from reported import CallsTheFunction, Raises, lowered_report
 from support import autocast, needs_dynamo, run_forked
 
 import lpln_autopatch
-from lpln_autopatch import (
-    apply_low_precision_layernorm,
-    exempt,
-    low_precision_layernorm,
-    report,
-)
+from lpln_autopatch import apply_low_precision_layernorm, exempt, low_precision_layernorm, report
 from lpln_autopatch._torch_compat import TORCH_VERSION
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -8,11 +8,7 @@ from reported import ByHandNorm, Raises, lowered_report
 from support import autocast
 
 import lpln_autopatch
-from lpln_autopatch import (
-    exempt,
-    low_precision_layernorm,
-    report,
-)
+from lpln_autopatch import exempt, low_precision_layernorm, report
 
 
 def test_report_prints_as_a_table():
