@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from lpln_autopatch import low_precision_layernorm, report
+from lpln_autopatch._torch_compat import HAS_RMS_NORM
+
+needs_hand_written = pytest.mark.skipif(
+    not HAS_RMS_NORM, reason="hand-written norms are lowered from torch 2.4 on; CI runs later ones"
+)
+autocast = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+by_hand = functools.partial(low_precision_layernorm, norms="hand_written")
+
+
+def run(module, x, **options):
+    with autocast(**options):
+        return module(x)
+
+
+def report_of(module, x):
+    with autocast():
+        return report(module, x)
 
 
 class Norm(nn.Module):
