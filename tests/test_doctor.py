@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import sys
-import types
 
 import pytest
 import torch
 from support import A_ROUTE, add_distribution, run_python
 
 import lpln_autopatch
-from lpln_autopatch.__main__ import main
 from lpln_autopatch._torch_compat import TORCH_VERSION
 
 ROUTES = {
@@ -241,40 +237,6 @@ def test_doctor_prints_sections_and_a_verdict():
     assert ("cpu",) in rows
 
 
-@pytest.mark.parametrize("arguments", [("treat",), ("--jsno",), ("--json", "bench"), ("--js",)])
-def test_wrong_argument_is_one_line(arguments):
-    """An unknown command or option: one line that says what there is, and exit status 2."""
-    result = run_python("-m", "lpln_autopatch", *arguments, check=False)
-    assert (result.returncode, result.stdout) == (2, "")
-    (line,) = result.stderr.splitlines()
-    assert line.startswith(f"python -m lpln_autopatch: unrecognized arguments: {arguments[-1]}.")
-    assert line.endswith("Valid: --json, run, bench, --version, --help.")
-
-
-def test_bench_has_the_rest_of_the_line(monkeypatch):
-    """`bench` gets every argument after it, `--json` and `--help` too, and its result is ours."""
-    suites = types.SimpleNamespace(main=lambda arguments: 3 if arguments == ["--json", "-h"] else 0)
-    monkeypatch.setitem(sys.modules, "lpln_autopatch.bench.suites", suites)
-    assert main(["bench", "--json", "-h"]) == 3
-
-
-def test_help_names_both_commands(capsys):
-    """--help shows the doctor's option and the benchmark."""
-    with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
-    shown = capsys.readouterr().out
-    assert "python -m lpln_autopatch [--json]" in shown
-    assert "python -m lpln_autopatch run [--help] ... COMMAND ..." in shown
-    assert "python -m lpln_autopatch bench" in shown
-
-
-def test_version_is_printed(capsys):
-    """--version gives the version of the package."""
-    with pytest.raises(SystemExit, match="0"):
-        main(["--version"])
-    assert capsys.readouterr().out == f"lpln_autopatch {lpln_autopatch.__version__}\n"
-
-
 def test_versions_are_those_of_status():
     """The build of torch is in them, as "+cpu"."""
     _, found = doctor(**A_ROUTE)
@@ -301,14 +263,3 @@ def test_mistakes_are_advised_of():
         _, found = doctor(LPLN_EXEMPT="head", LPLN_PRECISION="amp", **A_ROUTE)
         (advice,) = found["advice"]
         assert "LPLN_SUMMARY=1 names at exit what matched none" in advice
-
-
-def test_reader_that_has_enough_is_no_error(monkeypatch):
-    """`| head`: no traceback, and the exit status is the doctor's."""
-    monkeypatch.setattr("lpln_autopatch._doctor.diagnose", lambda: {"problem": None})
-    read, write = os.pipe()
-    os.close(read)
-    with os.fdopen(write, "w") as closed:
-        monkeypatch.setattr(sys, "stdout", closed)
-        assert main(["--json"]) == 0
-        print("nobody reads this", flush=True)

@@ -77,7 +77,14 @@ def memory_efficient_attention(q, k, v):
     ],
 )
 def test_all_norms_cure_attention_that_takes_one_dtype(kernel, error):
-    """q and k are float32 behind RMSNorm, stock and with LayerNorm alone; with norms="all" not."""
+    """q and k are float32 behind RMSNorm, stock and with LayerNorm alone; with norms="all" not.
+
+    Reported in:
+        https://github.com/huggingface/diffusers/issues/14104
+        https://github.com/bghira/SimpleTuner/pull/3002
+        https://github.com/kohya-ss/musubi-tuner/pull/1037
+        https://github.com/facebookresearch/xformers/issues/1046
+    """
     attention, x = Attention(kernel), torch.randn(2, 5, 32)
     with cuda_lists():
         with raises(error):
@@ -90,7 +97,12 @@ def test_all_norms_cure_attention_that_takes_one_dtype(kernel, error):
 
 @pytest.mark.parametrize("norm", ["LayerNorm", "RMSNorm"])
 def test_grouped_mm_gets_one_dtype(norm):
-    """Experts in bfloat16 behind a norm: autocast does not cast for grouped_mm."""
+    """Experts in bfloat16 behind a norm: autocast does not cast for grouped_mm.
+
+    Reported in:
+        https://github.com/huggingface/transformers/issues/43828
+        https://github.com/pytorch/pytorch/issues/174763
+    """
     norm = getattr(torch.nn, norm)(64)
     experts, ends = torch.randn(2, 64, 16, dtype=BF16), torch.tensor([2, 4], dtype=torch.int32)
     x = torch.randn(4, 64, dtype=BF16)
@@ -111,7 +123,11 @@ def test_grouped_mm_gets_one_dtype(norm):
     ],
 )
 def test_gradients_can_be_vmapped(norm, error):
-    """A float32 weight beside a bfloat16 x on the CPU: torch.vmap of torch.autograd.grad fails."""
+    """A float32 weight beside a bfloat16 x on the CPU: torch.vmap of torch.autograd.grad fails.
+
+    Reported in:
+        https://github.com/pytorch/pytorch/issues/184890
+    """
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), norm, torch.nn.Linear(4, 1))
 
     def jacobian():
@@ -146,7 +162,11 @@ print(*kept)
 
 
 def test_rms_norm_keeps_no_float32_copy():
-    """Eager stock keeps a float32 copy of a bfloat16 x for backward; lowered keeps x itself."""
+    """Eager stock keeps a float32 copy of a bfloat16 x for backward; lowered keeps x itself.
+
+    Reported in:
+        https://github.com/pytorch/pytorch/issues/188955
+    """
     stock, lowered = map(int, run_forked("-c", KEPT).stdout.split())
     x = 4096 * 512
     assert 0 <= stock - 4 * x < x
