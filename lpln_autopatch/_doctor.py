@@ -115,8 +115,8 @@ def _advice() -> list[str]:
     advice = [_variables.mistake(_autoload.asks)]
     if os.environ.get("LPLN_EXEMPT"):
         advice.append(
-            "LPLN_EXEMPT is matched when a program makes its modules: LPLN_SUMMARY=1 names at exit "
-            "what matched none."
+            "LPLN_EXEMPT is matched when a program makes its modules: LPLN_SUMMARY=1 lists at exit "
+            "the names that matched none."
         )
     return [sentence for sentence in advice if sentence]
 

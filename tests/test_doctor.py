@@ -262,4 +262,4 @@ def test_mistakes_are_advised_of():
     if TORCH_VERSION >= (2, 0):
         _, found = doctor(LPLN_EXEMPT="head", LPLN_PRECISION="amp", **A_ROUTE)
         (advice,) = found["advice"]
-        assert "LPLN_SUMMARY=1 names at exit what matched none" in advice
+        assert "LPLN_SUMMARY=1 lists at exit the names that matched none" in advice
