@@ -1,13 +1,12 @@
-"""What somebody asks for: a precision, a backend and norms, by name, from whichever way in.
+"""Requests: a precision, a backend and norms, from the environment, a call, a block or surgery.
 
-torch is imported by what needs it, not by this module: with LPLN_PRECISION set, importing torch
-comes back here, and must find a module that is whole.
+Functions import torch here, and the module does not: with LPLN_PRECISION set, the import of torch
+imports this module, which must be whole by then.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import warnings
 from typing import TYPE_CHECKING
@@ -15,37 +14,45 @@ from typing import TYPE_CHECKING
 from lpln_autopatch._precision import NoEffectWarning, Precision
 
 if TYPE_CHECKING:
-    from lpln_autopatch._forward import Lowering
+    import torch
+
     from lpln_autopatch.backends import Backend
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What somebody asked for.
+    """A precision, a backend and norms. The hot path reads the active one.
+
+    Dynamo reads an attribute again for its guards after it has compiled, and another thread may
+    have made another request active by then. So `norms` and `dtypes` have one shape in all
+    requests.
 
     Attributes:
         precision: When norms are lowered.
-        backend: The name of what normalises, as it was chosen: never "auto".
-        norms: The names of the norms that are lowered.
+        backend: The name of the chosen backend, never "auto".
+        norms: The names of the norms that are lowered, with commas between them; "" lowers none.
+        dtypes: The autocast dtypes for which `precision` engages, twice the same if it is one.
+        normalise: The backend. It normalises LayerNorm, and RMSNorm if it has an `rms_norm`.
         source: "environment", "enable", "block" or "surgery".
-        lowering: What the hot path reads while this request is in force.
     """
 
     precision: Precision
     backend: str
-    norms: tuple[str, ...]
-    source: str
-    lowering: Lowering
+    norms: str
+    dtypes: tuple[torch.dtype, ...]
+    normalise: Backend
+    source: str = dataclasses.field(compare=False)
 
     def __str__(self) -> str:
-        return f"{', '.join(self.norms)}: precision {self.precision}, backend {self.backend}"
+        norms = self.norms.replace(",", ", ")
+        return f"{norms}: precision {self.precision}, backend {self.backend}"
 
     @classmethod
     def parse(cls, precision: object, backend: str, norms: object, source: str) -> Request:
-        """The request that these names make, or what `enable` raises."""
-        # Before our own modules that import it: if this is its first import and LPLN_PRECISION
-        # is set, it comes back to us, and must not find one of them half imported.
-        import torch  # noqa: F401
+        """Return the request that these names make, or raise as `enable` does."""
+        # Before our own modules import it: the first import of torch comes back to us if
+        # LPLN_PRECISION is set, and must not find one of our modules half imported.
+        import torch
 
         # In the middle of torch's own import this raises. Importing a part of torch out of turn
         # there may end the process later (torch 2.9).
@@ -55,13 +62,14 @@ class Request:
 
         argument = "LPLN_PRECISION" if source == "environment" else "precision"
         parsed = Precision.parse(precision, argument)
-        named = parse_norms(norms)
+        named = ",".join(parse_norms(norms))
         name, normalise = backends.resolve(backend, parsed)
-        return _made(parsed, name, named, source, normalise)  # type: ignore[arg-type]
+        dtypes = [d for d in (torch.float16, torch.bfloat16) if parsed.engages(d)]
+        return cls(parsed, name, named, (*dtypes, *dtypes)[:2], normalise, source)
 
     @classmethod
     def again(cls, precision: str, backend: str) -> Request:
-        """What was asked for where a module was saved; natively if its backend is missing here."""
+        """Return the request of a saved module, with native if its backend is missing here."""
         try:
             return cls.parse(precision, backend, "layer_norm", "surgery")
         except (ImportError, ValueError) as error:
@@ -74,26 +82,13 @@ class Request:
             return cls.parse(precision, "native", "layer_norm", "surgery")
 
     def warn_never_engages(self, stacklevel: int) -> None:
-        """Say that this request lowers nothing."""
+        """Warn that this request lowers nothing."""
         warnings.warn(
             f"precision {str(self.precision)!r} never engages: norms stay as PyTorch has them. "
             "Use 'amp', 'amp_fp16' or 'amp_bf16' to run them in the autocast dtype.",
             NoEffectWarning,
             stacklevel=stacklevel + 1,
         )
-
-
-@functools.lru_cache(maxsize=32)  # a block may be made for every step
-def _made(
-    precision: Precision, backend: str, norms: tuple[str, ...], source: str, normalise: Backend
-) -> Request:
-    import torch
-
-    from lpln_autopatch._forward import Lowering
-
-    dtypes = [d for d in (torch.float16, torch.bfloat16) if precision.engages(d)]
-    lowering = Lowering(str(precision), tuple(dtypes * 2)[:2], ",".join(norms), normalise)
-    return Request(precision, backend, norms, source, lowering)
 
 
 def parse_norms(value: object) -> tuple[str, ...]:

@@ -28,10 +28,10 @@ if TORCH_VERSION < (2, 5):
 # Both outputs of one diagnosis, and the exit status of both.
 BOTH = """
 import contextlib, sys
-from lpln_autopatch import __main__, doctor
+from lpln_autopatch import __main__, _doctor
 with contextlib.redirect_stdout(sys.stderr):
-    found = doctor.diagnose()
-doctor.diagnose = lambda: found
+    found = _doctor.diagnose()
+_doctor.diagnose = lambda: found
 as_json = __main__.main(["--json"])
 print("---")
 as_text = __main__.main([])
