@@ -1,4 +1,4 @@
-"""The norms that classes write out: what runs in the place of their forwards."""
+"""Hand-written norms: the function that runs in the place of each forward."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from lpln_autopatch._torch_compat import (
 )
 from lpln_autopatch.backends.gradients import DTYPES
 
-_forwards: list[kinds.Forward] = []  # each has a number, which is a constant for Dynamo
+_forwards: list[kinds.Forward] = []  # by a number, which is a constant for Dynamo
 
 
 def replacement(function: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what `function`, the forward of a class, runs while it is exchanged."""
+    """Return our function for `function`, the forward of a class."""
     number = _number_of(function)
     found = _forwards[number] = kinds.Forward(function, stock)
 
@@ -159,7 +159,7 @@ def _form_for(number: int, module: torch.nn.Module, x: Tensor) -> Form | str:
 
 
 def _is_own(module: torch.nn.Module, name: str) -> bool:
-    """Return True if `module` has something of its own in the place of a method."""
+    """Return True if the attribute `name` of `module` hides a method of its class."""
     if is_dynamo_compiling():  # it does not guard on what is missing in a `__dict__`
         return type(getattr(module, name)) is not types.MethodType
     return name in vars(module)

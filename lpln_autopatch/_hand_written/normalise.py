@@ -1,4 +1,4 @@
-"""Compute a hand-written norm in the autocast dtype, as its form says."""
+"""Compute a hand-written norm in the autocast dtype."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lpln_autopatch.backends.protocol import Affine
 def normalise(
     request: Request, module: torch.nn.Module, x: Tensor, form: Form, dtype: torch.dtype
 ) -> Tensor:
-    """Normalise `x` as `form` says, in `dtype`.
+    """Normalise `x` by the formula of `form`, in `dtype`.
 
     Args:
         request: The active request.
@@ -41,7 +41,7 @@ def normalise(
     size = (rows.shape[-1],)
     operator = _operator(form.norm, size, weight, bias)
     if dtype is torch.float16:
-        # Not rounded first: residual streams as T5's hold values that float16 does not.
+        # x is not rounded first: a residual stream like T5's holds values that float16 does not.
         whole = operator or _OPERATORS[form.norm]
         y = native.lower_in_float32(whole, rows, size, weight, bias, form.eps, dtype)
     elif operator is None:
