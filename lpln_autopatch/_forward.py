@@ -13,7 +13,7 @@ from torch.overrides import has_torch_function_variadic
 
 from lpln_autopatch import _exemption, _exporting
 from lpln_autopatch._precision import NoEffectWarning, Precision
-from lpln_autopatch._request import Request
+from lpln_autopatch._request import HAND_WRITTEN, Request
 from lpln_autopatch._torch_compat import (
     autocast_dtype,
     is_compiling,
@@ -24,9 +24,6 @@ from lpln_autopatch._torch_compat import (
 )
 from lpln_autopatch.backends import native
 from lpln_autopatch.backends.gradients import DTYPES
-
-HAND_WRITTEN = "hand_written"
-"""The name in `norms` and LPLN_NORMS of norms that classes compute without PyTorch's functions."""
 
 INTERCEPTED = "__torch_function__"
 """The reason for a call that PyTorch's own function hands to a mode or to the tensor's class."""

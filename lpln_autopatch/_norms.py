@@ -18,7 +18,7 @@ from torch.nn.modules import normalization
 from lpln_autopatch import _forward
 from lpln_autopatch._exchange import is_torchs_own
 from lpln_autopatch._exemption import EXEMPT, is_marked, run_stock
-from lpln_autopatch._forward import HAND_WRITTEN, decide_and_count, run_backend
+from lpln_autopatch._forward import decide_and_count, run_backend
 from lpln_autopatch._torch_compat import (
     HAS_RMS_NORM,
     never_a_frame_of_its_own,
@@ -117,9 +117,6 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 
 MODULES = {"layer_norm": "LayerNorm", "group_norm": "GroupNorm", "rms_norm": "RMSNorm"}
 """The class of torch.nn that calls each function."""
-
-NAMES = (*FUNCTIONS, *([HAND_WRITTEN] if HAS_RMS_NORM else []))
-"""The norms that can be lowered with this torch, as LPLN_NORMS names them."""
 
 
 def wrap_forward(original: Any) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from torch.nn.modules import normalization
 from lpln_autopatch import _dynamo, _exemption, _forward, _norms
 from lpln_autopatch._exchange import Exchange, is_torchs_own
 from lpln_autopatch._hand_written.classes import Classes
-from lpln_autopatch._request import Request
+from lpln_autopatch._request import HAND_WRITTEN, Request
 from lpln_autopatch._torch_compat import drop_compiled_code_that_cannot_follow
 
 if not hasattr(wrapt, "wrapper_chain"):
@@ -143,7 +143,7 @@ class Patches:
         if request is None or not request.precision.ever_engages:
             request = _forward.INACTIVE
         wanted = request.norms.split(",")
-        self._classes.follow(_forward.HAND_WRITTEN in wanted, keep=carries)
+        self._classes.follow(HAND_WRITTEN in wanted, keep=carries)
         changed = request != _forward.active
         next_ones = self._next(wanted, carries, recorder)
         changes = [(exchange, runs) for exchange, runs in next_ones if exchange.runs is not runs]
@@ -182,7 +182,7 @@ class Patches:
         """Return the norms whose functions, or classes, run our code."""
         found = {norm for norm, exchange in self._norms.items() if exchange.runs is not None}
         # The forwards of classes keep it for longer, and do nothing then.
-        return found | {_forward.HAND_WRITTEN} & {*_forward.active.norms.split(",")}
+        return found | {HAND_WRITTEN} & {*_forward.active.norms.split(",")}
 
     def tell_dynamo(self) -> None:
         """Tell Dynamo again which functions are exchanged."""

@@ -19,6 +19,18 @@ if TYPE_CHECKING:
     from lpln_autopatch.backends import Backend
 
 
+HAND_WRITTEN = "hand_written"
+"""The name of the norms that classes compute without PyTorch's functions."""
+
+
+def norm_names() -> tuple[str, ...]:
+    """Return the names of the norms that can be lowered with this torch."""
+    from lpln_autopatch._torch_compat import HAS_RMS_NORM
+
+    later = ("rms_norm", HAND_WRITTEN) if HAS_RMS_NORM else ()
+    return ("layer_norm", "group_norm", *later)
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A precision, a backend and norms. The hot path reads the active one.
@@ -92,22 +104,21 @@ class Request:
 
 
 def parse_norms(value: object) -> tuple[str, ...]:
-    """Return the norms that the argument `norms` of `enable` names, in the order of `NAMES`."""
-    from lpln_autopatch._norms import NAMES
-
+    """Return the norms that the argument `norms` of `enable` names, in a fixed order."""
+    valid = norm_names()
     source = "norms"
     if value is None:
         value, source = os.environ.get("LPLN_NORMS") or "layer_norm", "LPLN_NORMS"
-    if isinstance(value, str) and value in NAMES:
+    if isinstance(value, str) and value in valid:
         return (value,)
     given = value.split(",") if isinstance(value, str) else value
     try:
         names = [str(name).strip().lower() for name in given]  # type: ignore[attr-defined]
     except TypeError:
         names = [repr(given)]
-    wrong = [name for name in names if name not in (*NAMES, "all")]
+    wrong = [name for name in names if name not in (*valid, "all")]
     if wrong or not names:
         what = f"{wrong[0]!r} is not a norm" if wrong else "no norm is named"
-        hint = "" if "rms_norm" in NAMES else " (rms_norm, hand_written: from torch 2.4 on)"
-        raise ValueError(f"{source}={value!r}: {what}. Valid: {', '.join(NAMES)}, all{hint}.")
-    return tuple(name for name in NAMES if name in names or "all" in names)
+        hint = "" if "rms_norm" in valid else " (rms_norm, hand_written: from torch 2.4 on)"
+        raise ValueError(f"{source}={value!r}: {what}. Valid: {', '.join(valid)}, all{hint}.")
+    return tuple(name for name in valid if name in names or "all" in names)

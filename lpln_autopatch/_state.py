@@ -145,14 +145,14 @@ def _recomputation(request: Request | None) -> Scope:
 @contextlib.contextmanager
 def recording(calls: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Run `calls[norm]` in the place of each norm, whatever is active."""
-    from lpln_autopatch._norms import NAMES
+    from lpln_autopatch._norms import FUNCTIONS
 
     def record(new: Mapping[str, Callable[..., Any]] | None) -> None:
         global recorder
         recorder = new
 
     patches, before = _patches(), recorder
-    for norm in NAMES:
+    for norm in FUNCTIONS:
         # A function that cannot be found is not lowered.
         with _lock, contextlib.suppress(RuntimeError):
             patches.prepare([norm])

@@ -18,6 +18,7 @@ from lpln_autopatch import _exemption, _forward, _norms
 from lpln_autopatch._exempt_by_name import ByName
 from lpln_autopatch._forward import INTERCEPTED, Decision
 from lpln_autopatch._hand_written import kinds
+from lpln_autopatch._request import HAND_WRITTEN
 from lpln_autopatch._torch_compat import (
     is_dynamo_compiling,
     never_a_frame_of_its_own,
@@ -146,7 +147,7 @@ def _parameters(module: torch.nn.Module) -> list[torch.nn.Parameter | None]:
 def _norm_of(cls: type) -> str:
     """Return the norm that a module of `cls` may compute besides LayerNorm, or ""."""
     if kinds.candidate(cls) is not None:
-        return _forward.HAND_WRITTEN
+        return HAND_WRITTEN
     return next((n for n, name in _norms.MODULES.items() if cls.__name__ == name), "")
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lpln_autopatch import _exemption, _exporting, _forward
 from lpln_autopatch._exemption import EXEMPT, is_marked, run_stock
-from lpln_autopatch._forward import HAND_WRITTEN, Decision, decide
+from lpln_autopatch._forward import Decision, decide
 from lpln_autopatch._hand_written import kinds
 from lpln_autopatch._hand_written.form import Form
 from lpln_autopatch._hand_written.normalise import normalise
-from lpln_autopatch._request import Request
+from lpln_autopatch._request import HAND_WRITTEN, Request
 from lpln_autopatch._torch_compat import (
     is_compiling,
     is_dynamo_compiling,
