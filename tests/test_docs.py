@@ -265,6 +265,13 @@ def test_map_for_contributors_names_what_there_is():
     assert sorted(names) == sorted(there)
 
 
+def test_map_names_every_test_file():
+    """The page for contributors places each file of tests, and names none that is not there."""
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    there = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert set(re.findall(r"`(?:tests/)?(test_\w+\.py)`", page)) == there
+
+
 @pytest.mark.parametrize("name", lpln_autopatch.__all__)
 def test_docstring_names_every_argument_and_the_result(name):
     """The page of the API is made of docstrings: each says what a name takes and what it gives."""
