@@ -101,35 +101,30 @@ def explain(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[str, Decis
         args: The arguments of the call.
         kwargs: Its named arguments.
     """
-    norm, why = _norm_of(module, args, kwargs)
-    return norm, why if isinstance(why, tuple) else (None, why)
-
-
-def _norm_of(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[str, Decision | str]:
     function = kinds.candidate(type(module))
     if function is None:
-        return "", "calls no norm function of torch.nn.functional"
+        return "", (None, "calls no norm function of torch.nn.functional")
     number = _number_of(function)
     try:
         passed = inspect.signature(function).bind(module, *args, **kwargs)
     except TypeError:  # the module has a forward of its own
-        return "", "another patcher"
+        return "", (None, "another patcher")
     passed.apply_defaults()
     x = passed.args[1]
     if not isinstance(x, Tensor):
-        return "", "the input is no tensor"
+        return "", (None, "the input is no tensor")
     form = _form_for(number, module, x)
     if isinstance(form, str):
-        return "", f"hand-written, and not recognised: {form}"
+        return "", (None, f"hand-written, and not recognised: {form}")
     request = _forward.active
     if not request.norms:
-        return form.norm, "no precision is active"
+        return form.norm, (None, "no precision is active")
     if HAND_WRITTEN not in request.norms:
-        return form.norm, "hand-written: norms='hand_written' lowers it"
+        return form.norm, (None, "hand-written: norms='hand_written' lowers it")
     if is_marked(module):
-        return form.norm, EXEMPT
+        return form.norm, (None, EXEMPT)
     if not _forwards[number].are_defaults(passed.args[2:], passed.kwargs):
-        return form.norm, "it gets more than one tensor"
+        return form.norm, (None, "it gets more than one tensor")
     return form.norm, decide_form(number, request, module, x)[0]
 
 
