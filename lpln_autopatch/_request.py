@@ -7,6 +7,7 @@ imports this module, which must be whole by then.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
 from typing import TYPE_CHECKING
@@ -64,7 +65,7 @@ class Request:
         """Return the request that these names make, or raise as `enable` does."""
         # Before our own modules import it: the first import of torch comes back to us if
         # LPLN_PRECISION is set, and must not find one of our modules half imported.
-        import torch
+        import torch  # noqa: F401
 
         # In the middle of torch's own import this raises. Importing a part of torch out of turn
         # there may end the process later (torch 2.9).
@@ -74,10 +75,9 @@ class Request:
 
         argument = "LPLN_PRECISION" if source == "environment" else "precision"
         parsed = Precision.parse(precision, argument)
-        named = ",".join(parse_norms(norms))
+        named = parse_norms(norms)
         name, normalise = backends.resolve(backend, parsed)
-        dtypes = [d for d in (torch.float16, torch.bfloat16) if parsed.engages(d)]
-        return cls(parsed, name, named, (*dtypes, *dtypes)[:2], normalise, source)
+        return _made(parsed, name, named, normalise, source)  # type: ignore[arg-type]
 
     @classmethod
     def again(cls, precision: str, backend: str) -> Request:
@@ -101,6 +101,16 @@ class Request:
             NoEffectWarning,
             stacklevel=stacklevel + 1,
         )
+
+
+@functools.lru_cache(maxsize=32)  # a program may make a block for every step
+def _made(
+    precision: Precision, backend: str, norms: tuple[str, ...], normalise: Backend, source: str
+) -> Request:
+    import torch
+
+    dtypes = [d for d in (torch.float16, torch.bfloat16) if precision.engages(d)]
+    return Request(precision, backend, ",".join(norms), (*dtypes, *dtypes)[:2], normalise, source)
 
 
 def parse_norms(value: object) -> tuple[str, ...]:
