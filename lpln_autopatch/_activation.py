@@ -30,23 +30,24 @@ def enable(
     """Lower every LayerNorm call of the process from now on, until `disable`.
 
     That is every call of `torch.nn.functional.layer_norm`, by `torch.nn.LayerNorm` or anything
-    else. Calling `enable` again replaces what it said before. An open `low_precision_layernorm`
-    block goes before it. Modules that exist already are lowered too, and so is compiled code.
+    else. A second call replaces the first. An open `low_precision_layernorm` block goes before
+    both. Modules that exist already are lowered too, and so is compiled code.
 
     Args:
         precision: When to lower: "amp" (whatever autocast runs in), "amp_fp16" or
             torch.float16, "amp_bf16", "bf16" or torch.bfloat16. Composer's "fp32", "fp16" and
             "amp_fp8" are accepted and never lower, with a `NoEffectWarning`.
-        backend: What normalises: "native", "fused", "lean", "apex", "apex_lean", the name of a
-            backend that another package brings, or "auto": what LPLN_BACKEND says, or else native.
-            LayerNorm's alone: the other norms are native's.
-        norms: What is lowered: "layer_norm", "group_norm", "rms_norm" and "hand_written" (what
-            classes write out), both from torch 2.4 on, several in a list or separated by commas,
-            or "all". By default what LPLN_NORMS says, or else "layer_norm".
+        backend: The backend that normalises: "native", "fused", "lean", "apex", "apex_lean", or
+            the name of another package's. "auto" is the value of LPLN_BACKEND, or else native.
+            GroupNorm is always native's, and RMSNorm is if the backend has none.
+        norms: The norms that are lowered: "layer_norm", "group_norm", "rms_norm", "hand_written"
+            (norms that classes compute without PyTorch's functions; like "rms_norm" from torch
+            2.4 on), several of them in a list or with commas between them, or "all". The default
+            is the value of LPLN_NORMS, or else "layer_norm".
 
     Returns:
-        What a `with` statement can take: at its end the base is again what it was before this
-        call, LPLN_PRECISION's included. It is enabled already.
+        A context manager for a `with` statement. Lowering begins with the call. At the end of the
+        statement the process is as before the call, an activation by LPLN_PRECISION included.
 
     Raises:
         ValueError: precision, backend or norms is not a valid name; nothing has changed.
@@ -56,7 +57,7 @@ def enable(
 
 
 class Enabled:
-    """A context manager that gives back the base before `enable` at its end."""
+    """A context manager that restores the base of before `enable` when it ends."""
 
     def __init__(self, before: Request | None) -> None:
         self._before = before
@@ -73,7 +74,7 @@ class Enabled:
     def __exit__(self, *exc_info: object) -> None:
         try:
             _state.set_base(self._before)
-        except KeyboardInterrupt:  # it may have come before anything was recorded
+        except KeyboardInterrupt:  # perhaps before anything was recorded
             _state.set_base(self._before)
             raise
 
@@ -81,10 +82,10 @@ class Enabled:
 def disable() -> None:
     """Undo `enable` and LPLN_PRECISION: PyTorch's functions run their own code again.
 
-    An open `low_precision_layernorm` block stays active, and PyTorch's functions have their code
-    back when the last one closes. Where somebody has put a wrapper of their own above ours on
-    `torch.nn.LayerNorm.forward`, that is never removed: ours stays beneath it, inert, and a warning
-    says so. Does nothing if there is nothing to undo.
+    An open `low_precision_layernorm` block stays active. PyTorch's functions then have their code
+    back when the last block closes. If another patcher has wrapped `torch.nn.LayerNorm.forward`
+    after us, its wrapper stays. Ours stays beneath it, does nothing, and a warning says so.
+    Without anything to undo, this does nothing.
     """
     _state.set_base(None)
 
@@ -120,23 +121,23 @@ class low_precision_layernorm(contextlib.ContextDecorator):
                 "As a decorator it needs parentheses: @low_precision_layernorm()."
             )
         self._request = Request.parse(precision, backend, norms, "block")
-        # Threads, and asyncio's tasks, that share one instance must each leave what they entered.
-        self._entered: list[tuple[object, _state.Block]] = []
+        # Threads and tasks of asyncio may share one instance. Each must close its own scope:
+        # another block's may lie between the scopes of two.
+        self._entered: list[tuple[object, _state.Scope]] = []
 
     def __call__(self, function: _F) -> _F:
         _refuse_what_a_block_cannot_decorate(function)
         return super().__call__(function)
 
     def __enter__(self) -> None:
-        # An inner block of that kind has an effect: it switches lowering off.
+        # An inner block that never engages has an effect: it switches lowering off.
         if not self._request.precision.ever_engages:
             outer = _state.current()
             if outer is None or not outer.precision.ever_engages:
                 self._request.warn_never_engages(stacklevel=2)
-        block = _state.Block(self._request)
-        entry = _who(), block
+        entry = _who(), _state.Scope(self._request)
         try:
-            block.open()
+            entry[1].open()
             self._entered.append(entry)
         except BaseException:
             self._leave(entry)
@@ -151,34 +152,35 @@ class low_precision_layernorm(contextlib.ContextDecorator):
             self._leave(entry or self._last_entry())
             raise
 
-    def _last_entry(self) -> tuple[object, _state.Block]:
-        """Return the last of this thread's or task's; if another one entered, the last of all."""
+    def _last_entry(self) -> tuple[object, _state.Scope]:
+        """Return the last entry of this thread or task, or the last of all if it has none."""
         who = _who()
         for entry in reversed(self._entered):
             if entry[0] == who:
                 return entry
         return self._entered[-1]
 
-    def _leave(self, entry: tuple[object, _state.Block]) -> None:
-        if entry in self._entered:  # no more, if an interruption has come behind this
+    def _leave(self, entry: tuple[object, _state.Scope]) -> None:
+        if entry in self._entered:  # an interruption may have come after this was removed
             self._entered.remove(entry)
         entry[1].close()
 
 
 def exempt(module: _Exempt, exempt: bool = True) -> _Exempt:
-    """Keep `module`, and every module that is inside it now, as PyTorch has it.
+    """Keep `module`, and every module that is inside it now, stock.
 
-    For the final norm of a model that spikes. It covers whatever `module(x)` calls in its thread.
-    The mark survives deepcopy and pickling, is no part of the state_dict, and compiled code follows
-    it. For a class, it covers all its instances, and its subclasses', made before or later.
+    Use it for a norm that needs float32, such as the last one of a model that spikes. It covers
+    every norm that `module(x)` calls in its thread. The mark survives deepcopy and pickling, is no
+    part of the state_dict, and compiled code follows it. A class stands for all instances of it
+    and of its subclasses, made before or later.
 
-    It does not cover `module.forward(x)` and other methods, except the forwards of norms, nor what
-    other threads run, except modules that are marked themselves. It uses forward hooks (from torch
-    2.1 on). TorchScript compiles those if the forward takes and gives one tensor.
+    It does not cover `module.forward(x)` or other methods, except the forwards of norms. In other
+    threads it covers the marked modules alone. It uses forward hooks (from torch 2.1 on), which
+    TorchScript compiles if the forward takes and returns one tensor.
 
     Args:
         module: A norm, any module that contains some, or a class of modules.
-        exempt: False takes the marks off again, those of LPLN_EXEMPT included.
+        exempt: False removes the marks again, those of LPLN_EXEMPT included.
 
     Returns:
         `module`.
@@ -210,8 +212,8 @@ def enable_from(precision: object, backend: str, norms: object, source: str) -> 
 
 
 def _who() -> object:
-    """What enters a block: a task of asyncio, or else a thread."""
-    asyncio = sys.modules.get("asyncio")  # without it there is no task, and importing it is dear
+    """Return the current task of asyncio, or else the number of this thread."""
+    asyncio = sys.modules.get("asyncio")  # importing it takes long, and without it there is no task
     try:
         task = asyncio.current_task() if asyncio is not None else None
     except RuntimeError:  # no event loop runs in this thread
@@ -220,14 +222,11 @@ def _who() -> object:
 
 
 def _refuse_what_a_block_cannot_decorate(decorated: object) -> None:
-    """Calling a class makes an instance, and a module that became a function is no module."""
+    """Raise a TypeError if the block would not be open while `decorated` works."""
     import torch
 
-    if (
-        inspect.iscoroutinefunction(decorated)
-        or inspect.isgeneratorfunction(decorated)
-        or inspect.isasyncgenfunction(decorated)
-    ):
+    inspects = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+    if any(is_one(decorated) for is_one in inspects):
         what = (
             f"{decorated!r}, whose body runs after the call has returned and the block has "
             "closed. Use a `with` block inside it."

@@ -8,64 +8,63 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from lpln_autopatch._request import Request
 from lpln_autopatch._torch_compat import CHECKPOINT_ENTRIES, CHECKPOINT_RECOMPUTATIONS
 from lpln_autopatch.backends.cpu import repeated
 
-Block = Callable[[], AbstractContextManager[Any]]
-"""What opens a block of the request that was in force when it was made."""
+Scope = Callable[[Request | None], AbstractContextManager[Any]]
+"""Makes a context in which a request is active, or nothing if it is None."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Carried:
-    """A function that runs under the request that was in force elsewhere, or under none.
+    """A checkpointed function, bound to the request that was active at its forward.
 
-    A recomputation must repeat its forward, and may happen outside the block that the forward ran
-    in, or after the base was cleared.
+    A recomputation must repeat its forward. It may happen after the block of the forward has
+    closed, or after the base was cleared.
     """
 
     function: Callable[..., Any]
-    block: Block
+    request: Request | None
+    scope: Scope
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Even if that is in force already: what it is in force by may end before this does.
+        # Even if the request is active already: its block may close before this ends.
         before, repeated.now = repeated.now, True
         try:
-            with self.block():
+            with self.scope(self.request):
                 return self.function(*args, **kwargs)
         finally:
             repeated.now = before
 
 
 def replacements(
-    capture: Callable[[], Block], stock: Block
+    active: Callable[[], Request | None], scope: Scope
 ) -> dict[str, Callable[[Any], Callable[..., Any]]]:
-    """Return what makes the replacement of each function of `torch.utils.checkpoint`, by its path.
+    """Return a maker of the replacement of each function of `torch.utils.checkpoint`, by its path.
 
-    `capture` gives a block of what is active now; `stock` is one in which nothing is.
+    A checkpointed function passes two replaced functions. The first takes it at the forward, and
+    gets a `Carried` instead. The second runs it in backward. If it is no `Carried`, its forward ran
+    before the first activation, and it is recomputed stock.
+
+    Args:
+        active: Returns the request that is active in this thread.
+        scope: Makes the context of a recomputation.
     """
-    return {
-        **{path: _captures(at, capture) for path, at in CHECKPOINT_ENTRIES.items()},
-        **{path: _recomputes(name, stock) for path, name in CHECKPOINT_RECOMPUTATIONS.items()},
-    }
 
-
-def _captures(position: int, capture: Callable[[], Block]) -> Callable[[Any], Callable[..., Any]]:
-    """Bind the function at `position`, run again in backward, to what is active now."""
-
-    def replacement(original: Any, /, *args: Any, **kwargs: Any) -> Any:
-        function = Carried(args[position], capture())
+    def carries(position: int, original: Any, /, *args: Any, **kwargs: Any) -> Any:
+        function = Carried(args[position], active(), scope)
         return original(*args[:position], function, *args[position + 1 :], **kwargs)
 
-    return lambda original: functools.partial(replacement, original)
-
-
-def _recomputes(attribute: str, stock: Block) -> Callable[[Any], Callable[..., Any]]:
-    """Before `attribute` is run again: stock, if its forward was before our time."""
-
-    def replacement(original: Any, holder: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def recomputes(attribute: str, original: Any, holder: Any, /, *args: Any, **kwargs: Any) -> Any:
         function = getattr(holder, attribute)
         if not isinstance(function, Carried):
-            setattr(holder, attribute, Carried(function, stock))
+            setattr(holder, attribute, Carried(function, None, scope))
         return original(holder, *args, **kwargs)
 
-    return lambda original: functools.partial(replacement, original)
+    # partial(partial, carries, 1)(original) is partial(carries, 1, original).
+    maker = functools.partial
+    return {
+        **{path: maker(maker, carries, at) for path, at in CHECKPOINT_ENTRIES.items()},
+        **{path: maker(maker, recomputes, at) for path, at in CHECKPOINT_RECOMPUTATIONS.items()},
+    }

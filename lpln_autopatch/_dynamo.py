@@ -1,4 +1,4 @@
-"""How Dynamo is told to trace the exchanged functions, and what a switch has outdated."""
+"""Dynamo: have it trace the exchanged functions, and outdate compiled code after a switch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lpln_autopatch._torch_compat import (
 )
 
 _stock_rules: dict[str, Any] = {}  # Dynamo's own, by the name of the function
-_was_there = False  # Whether Dynamo was imported before us, and may have compiled.
-_warning: str | None = None  # What `settle` says next.
-_switched = False  # Whether another thread changed something while this compilation ran.
+_was_there = False  # True if Dynamo was imported before us, and may have compiled.
+_warning: str | None = None  # for `settle`
+_switched = False  # True if another thread has changed something during this compilation.
 _renew: Callable[[], None] | None = None
 
 
 def connect(tell: Callable[[], None], renew: Callable[[], None]) -> None:
-    """Call `tell` when Dynamo is imported, and `renew` when all that holds a norm is outdated."""
+    """Call `tell` when Dynamo is imported, and `renew` when a switch outdates compiled code."""
     global _was_there, _renew
     _renew = renew
     if not DYNAMO_TRACES_NORMS:
@@ -41,13 +41,13 @@ def connect(tell: Callable[[], None], renew: Callable[[], None]) -> None:
 
 
 def set_rule(function: types.FunctionType, replacement: str, exchanged: bool) -> None:
-    """Have Dynamo trace what `function` runs while it is `exchanged`, and only then.
+    """Have Dynamo trace `replacement` for `function` while it is `exchanged`, and only then.
 
-    Dynamo has a table of functions that it puts into a graph untraced, as PyTorch's norms are. What
-    an exchanged one runs would be decided when the graph is made, and caches on disk, whose keys
-    hold the name of the function, would mix up stock and lowered programs.
+    Dynamo has a table of functions that it puts into a graph untraced. PyTorch's norms are there.
+    Untraced, an exchanged norm would be decided once, when the graph is made. And caches on disk,
+    whose keys hold the name of the function, would mix up stock and lowered programs.
 
-    A rule is replaced and none is taken out: another thread may be walking through the table.
+    Rules are replaced and never removed: another thread may be walking through the table.
     """
     global _warning
     trace_rules: Any = sys.modules.get("torch._dynamo.trace_rules")
@@ -75,7 +75,7 @@ def set_rule(function: types.FunctionType, replacement: str, exchanged: bool) ->
 
 @functools.cache
 def _traced(user_function: Any, replacement: str) -> Any:
-    """Return a rule: trace what has the name `replacement` in the globals of the function."""
+    """Return a rule: trace the global `replacement` of the function in its place."""
 
     class Traced(user_function):  # type: ignore[misc]
         @classmethod
@@ -94,13 +94,13 @@ def _calls(*args: Any, **kwargs: Any) -> Any:
 
 
 def settle(stacklevel: int) -> None:
-    """After a change, under no lock: have compiled code follow where its guards cannot, or warn."""
+    """Have compiled code follow a change where its guards cannot, or warn. Called under no lock."""
     global _warning
     dynamo: Any = sys.modules.get("torch._dynamo")
     config: Any = getattr(dynamo, "config", None)
     if getattr(config, "caching_precompile", False):
-        # It keeps no guard on the code of a function, and what it keeps on disk is stock code for
-        # lowered programs, too.
+        # Precompiled code has no guard on the code of a function, and a lowered program would load
+        # stock's from the disk.
         if PRECOMPILATION_CAN_BE_LEFT or not _was_there:
             config.caching_precompile = False
             _warning = (
@@ -114,18 +114,19 @@ def settle(stacklevel: int) -> None:
 
 
 def note_switch() -> None:
-    """Have what another thread compiles now compiled anew. Called before and after each change.
+    """Have code that another thread is compiling now compiled anew.
 
-    Dynamo traces first, and reads the values that it guards on after the backend has compiled. So
-    code that was traced before the change would be guarded as if it had been traced after it. Two
-    times, because that compilation may end, and the next one begin, before the change.
+    Dynamo traces first, and reads the values for its guards after the backend has compiled. So code
+    that was traced before a change would be guarded as if it had been traced after it. Called
+    before and after each change: the compilation may end, and the next begin, before the change.
     """
     global _switched
     convert_frame: Any = sys.modules.get("torch._dynamo.convert_frame")
     if not DYNAMO_TRACES_NORMS or not hasattr(convert_frame, "compile_lock"):
         return
-    # Nobody waits for a compilation. A thread that compiles has its own lock, and changes back
-    # what it changes. Read, not tried: an interruption might come before the release.
+    # Nobody waits for a compilation. A thread that compiles holds the lock itself, and changes back
+    # its own changes. The lock's text is read: after `acquire(False)` an interruption might come
+    # before the release.
     lock = repr(convert_frame.compile_lock)
     if lock.startswith("<unlocked") or f"owner={threading.get_ident()} " in lock:
         return

@@ -23,12 +23,12 @@ class Exchange:
     Args:
         find: Gives the function.
         name: A name that is free in the globals of the function.
-        replacement_of: Makes what it runs while it is exchanged from its stock copy.
+        replacement_of: Makes the replacement from the stock copy of the function.
 
     Attributes:
         function: The function, once `prepare` has found it.
-        replacement: What `replacement_of` has made.
-        runs: What the function runs in the place of its own code, or None.
+        replacement: The function that `replacement_of` has made.
+        runs: The function that runs in the place of its own code now, or None.
     """
 
     function: Any = None
@@ -73,8 +73,8 @@ class Exchange:
                 f"{function.__qualname__} is exchanged by another copy of lpln_autopatch that was "
                 "imported before this one: call its disable()."
             )
-        # Always the same two: compiled code is guarded on the code of the function, and a code of
-        # its own for every activation would be a graph for every activation.
+        # Always the same two code objects: compiled code is guarded on them, and new ones for every
+        # activation would mean a new graph for every activation.
         self._stock_code = _stock_codes[function] = function.__code__
         self._our_code = _code_that_calls(self._name, function)
         stock = types.FunctionType(
@@ -90,7 +90,7 @@ class Exchange:
 
     def run(self, replacement: Callable[..., Any] | None) -> None:
         """Have the function run `replacement` from now on, or its own code."""
-        self.runs = _unfinished  # an interruption must not leave what looks like the last state
+        self.runs = _unfinished  # an interruption must not look like the state before
         code = self._stock_code if replacement is None else self._our_code
         self.function.__globals__[self._name] = replacement or self.replacement
         _dynamo.set_rule(self.function, self._name, replacement is not None)
@@ -146,17 +146,17 @@ def _torchs_own(module: types.ModuleType, path: str) -> Any:
 
 
 def _code_that_calls(name: str, function: types.FunctionType) -> types.CodeType:
-    """Make code with the signature of `function` that passes what it gets to the global `name`.
+    """Make code with the signature of `function` that passes its arguments to the global `name`.
 
-    Its place is that of PyTorch's code. There inspect, debuggers and TorchScript find PyTorch's
-    source, and Dynamo takes it for PyTorch's.
+    It has the file and the line of PyTorch's code. So inspect, debuggers and TorchScript find
+    PyTorch's source, and Dynamo treats it as PyTorch's.
     """
     parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
     bare = [p.replace(default=p.empty, annotation=p.empty) for p in parameters]
     passed = ", ".join(_PASSED.get(p.kind, "{0}").format(p.name) for p in bare)
     original = function.__code__
-    # Code can be exchanged for code with the same free variables, as `super()` has. What is behind
-    # `return` makes them free, and is not compiled.
+    # Code can be exchanged only for code with the same free variables, which `super()` needs. The
+    # line after `return` makes them free, and is not compiled.
     free = original.co_freevars
     made: dict[str, Any] = {}
     exec(

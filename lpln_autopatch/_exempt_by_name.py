@@ -1,4 +1,4 @@
-"""LPLN_EXEMPT: modules are exempt by their names from the moment they become part of a model."""
+"""LPLN_EXEMPT: exempt modules by their names as soon as they become part of a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _logger = logging.getLogger("lpln_autopatch")
 
 
 class ByName:
-    """Marks modules whose name ends as one of `patterns` says, when one becomes part of another.
+    """Mark a module when it becomes part of another, if its name ends with one of `patterns`.
 
     A name is known as soon as a module is registered in another, in whatever order a model is put
     together: its own in its parent, that one's in the next, and so on. The end of the name is
@@ -40,7 +40,7 @@ class ByName:
 
     def __init__(self, patterns: str) -> None:
         self._patterns = [
-            # In front of an end it says nothing, as in "*.norm".
+            # Only the end is matched: a "*." in front of it adds nothing.
             pattern.removeprefix("*.").split(".")
             for pattern in map(str.strip, patterns.split(","))
             if pattern
@@ -51,10 +51,10 @@ class ByName:
         self._parents = weakref.WeakKeyDictionary()
 
     def install(self) -> contextlib.ExitStack:
-        """Watch every registration from now on, until what is returned is closed."""
+        """Watch every registration until the returned stack is closed."""
         stack = contextlib.ExitStack()
         stack.callback(on_module_registration(self._register).remove)
-        # These write into `_modules`, of which torch tells nobody.
+        # Their `insert` writes into `_modules`, and calls no registration hook.
         for container in (nn.ModuleList, nn.Sequential):
             wrapper = wrapt.wrap_object(container, "insert", wrapt.FunctionWrapper, (self._insert,))
             stack.callback(wrapt.unwrap_object, container, "insert", wrapper)
@@ -92,7 +92,7 @@ class ByName:
             _mark_by_name(module, name)
 
     def _matches(self, module: nn.Module, pattern: Sequence[str]) -> bool:
-        """Return True if a name that `module` has ends as `pattern` says."""
+        """Return True if a name of `module` ends with `pattern`."""
         *above, last = pattern
         is_of_class = any(cls.__name__ == last for cls in type(module).__mro__)
         if is_of_class and not above:

@@ -1,4 +1,4 @@
-"""What keeps calls stock: exempt modules and classes, and whatever else runs a function stock."""
+"""Reasons that keep the calls of a thread stock: exempt modules and classes, and `run_stock`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ from lpln_autopatch._torch_compat import (
     run_while_compiling,
 )
 
+EXEMPT = "exempt"
+"""The reason of a call in an exempt module."""
+
 MARK = "_lpln_autopatch_exempt"
 """The attribute that marks a module as exempt."""
 
@@ -29,23 +32,23 @@ BY_NAME = "LPLN_EXEMPT"
 """The mark of a module that is exempt by its name: modules that are added to it inherit it."""
 
 KEPT = "_lpln_autopatch_not_by_name"
-"""The attribute of a module that lost such a mark by a call: it does not get another one."""
+"""The attribute of a module that lost such a mark by a call: LPLN_EXEMPT does not mark it again."""
 
 # Counts the changes that Dynamo does not guard on: a module's hooks, and a switch of another thread
 # while it compiles the forward of a class. A string, because Dynamo may make a symbol of an integer
 # that changes.
 changes = "0"
-_has_hooked = False  # Whether `mark` has given hooks to a module that may call a norm itself.
+_has_hooked = False  # True once `mark` has given hooks to a module that may call a norm itself.
 is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
-_classes: tuple[type[nn.Module], ...] = ()  # Those that are exempt.
+_classes: tuple[type[nn.Module], ...] = ()  # the exempt ones
 
 
 class _Thread(threading.local):
-    """Why the calls of this thread are stock now, outermost reason first.
+    """The reasons why the calls of this thread are stock now, outermost first.
 
-    Lists, because Dynamo follows what is appended to one, and not what is assigned to an attribute
-    of a thread's own. Not one list of pairs: code behind a graph break guards on `reasons`, and
-    would be compiled anew for each module that is in it.
+    Lists, because Dynamo follows an append to a list, and not an assignment to an attribute of a
+    `threading.local`. Not one list of pairs: code behind a graph break guards on `reasons`, and
+    would be compiled anew for each module in it.
     """
 
     def __init__(self) -> None:
@@ -57,17 +60,17 @@ _thread = _Thread()
 
 
 def why_stock() -> str | None:
-    """Why the calls of this thread are stock now, or None if nothing here says so."""
+    """Return the reason why the calls of this thread are stock now, or None."""
     return _thread.reasons[-1] if _thread.reasons else None
 
 
 def is_exempt_now() -> bool:
-    """Whether this thread is inside an exempt module."""
-    return "exempt" in _thread.reasons
+    """Return True if this thread is inside an exempt module."""
+    return EXEMPT in _thread.reasons
 
 
 def run_stock(reason: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run `function`, and have every norm that it calls in this thread stock, for `reason`."""
+    """Run `function`, and keep every norm that it calls in this thread stock, for `reason`."""
     _thread.reasons.append(reason)
     try:
         return function(*args, **kwargs)
@@ -76,10 +79,10 @@ def run_stock(reason: str, function: Callable[..., Any], *args: Any, **kwargs: A
 
 
 def is_marked(module: torch.nn.Module) -> bool:
-    """Whether `module` is exempt.
+    """Return True if `module` is exempt.
 
-    Dynamo guards on `hasattr`: not on what is missing in a `__dict__` (torch 2.13), nor on what is
-    there (2.5 to 2.11).
+    Dynamo guards on `hasattr`, and not on the absence (torch 2.13) or the presence (2.5 to 2.11) of
+    a key in a `__dict__`.
     """
     if is_dynamo_compiling():
         is_one = hasattr(module, MARK)
@@ -131,7 +134,7 @@ def _follow() -> None:
 # TorchScript compiles a module's hooks. So these have the types of a norm's forward.
 def _enter(module: nn.Module, args: tuple[Tensor]) -> None:
     if not is_scripting():
-        _thread.reasons.append("exempt")
+        _thread.reasons.append(EXEMPT)
         _thread.inside.append(module)
 
 
@@ -171,15 +174,20 @@ def _exempting(call: Callable[..., Any]) -> Callable[..., Any]:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Dynamo guards on what it compares, and on no attribute of a class.
         if isinstance(self, _classes):
-            return run_stock("exempt", call, self, *args, **kwargs)
+            return run_stock(EXEMPT, call, self, *args, **kwargs)
         return call(self, *args, **kwargs)
 
     return never_a_frame_of_its_own(__call__)
 
 
+def guard_on_changes() -> bool:
+    """Return False. Dynamo guards on a global that decides a branch, and this returns to one."""
+    return changes == ""
+
+
 @run_while_compiling
 def guard_on_hooks() -> None:
-    """For code that Dynamo traces through a norm that is lowered.
+    """Have Dynamo guard on the hooks of modules in code with a lowered norm.
 
     By default Dynamo guards on a module's hooks only if it has some. So it would run the code of
     a module without hooks for an exempt one.
@@ -191,10 +199,10 @@ def guard_on_hooks() -> None:
 
 
 def _may_call_a_norm_itself(module: nn.Module) -> bool:
-    """Whether hooks are needed.
+    """Return True if `module` needs hooks.
 
-    LayerNorm's own forward looks at the mark, and the other modules of torch.nn call no norm but
-    GroupNorm and RMSNorm.
+    LayerNorm's own forward looks at the mark. Of the other modules of torch.nn only GroupNorm and
+    RMSNorm call a norm.
     """
     if "forward" in vars(module) or type(module).__name__ in ("GroupNorm", "RMSNorm"):
         return True
@@ -203,9 +211,9 @@ def _may_call_a_norm_itself(module: nn.Module) -> bool:
 
 
 def _has_fast_path(module: nn.Module) -> bool:
-    """Whether `module` runs one fused operation in `eval()`, if nothing in it has hooks."""
+    """Return True if `module` runs a fused operation in `eval()`, unless a part of it has hooks."""
     return isinstance(module, nn.TransformerEncoderLayer)
 
 
-for _function in (is_marked, why_stock, run_stock, _enter, _leave, _end_of):
+for _function in (guard_on_changes, is_marked, why_stock, run_stock, _enter, _leave, _end_of):
     never_a_frame_of_its_own(_function)

@@ -1,4 +1,4 @@
-"""torch.export: is the autocast that a norm runs under a part of what is exported?"""
+"""torch.export: find out if the autocast of a norm is a part of the exported program."""
 
 from __future__ import annotations
 

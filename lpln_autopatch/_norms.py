@@ -1,4 +1,4 @@
-"""The norms: what each of PyTorch's functions runs while it is exchanged."""
+"""The norms: the code that each of PyTorch's functions runs while it is exchanged."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch.nn.modules import normalization
 
 from lpln_autopatch import _forward
 from lpln_autopatch._exchange import is_torchs_own
-from lpln_autopatch._exemption import is_marked, run_stock
-from lpln_autopatch._forward import HAND_WRITTEN, decide, run_backend
+from lpln_autopatch._exemption import EXEMPT, is_marked, run_stock
+from lpln_autopatch._forward import decide_and_count, run_backend
 from lpln_autopatch._torch_compat import (
     HAS_RMS_NORM,
     never_a_frame_of_its_own,
@@ -34,31 +34,29 @@ _rms_norm: Callable[..., Tensor] = getattr(F, "rms_norm", F.layer_norm)
 
 
 def lowered(norm: str, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return what the function of `norm` runs while it is exchanged: ours, or `stock`."""
+    """Return our function for `norm`, and give it the `stock` copy to call."""
     globals()[f"_{norm}"] = stock
     return FUNCTIONS[norm]
 
 
 def exempting_forward(norm: str, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return what the forward of the module of `norm` runs while it is exchanged."""
+    """Return our forward for the module of `norm`, which calls the `stock` copy."""
     if norm == "layer_norm":
         global _layer_norm_forward
         _layer_norm_forward = stock
         return layer_norm_forward
 
     def forward(self: torch.nn.Module, input: Tensor) -> Tensor:
-        y: Tensor = (
-            run_stock("exempt", stock, self, input) if is_marked(self) else stock(self, input)
-        )
+        y: Tensor = run_stock(EXEMPT, stock, self, input) if is_marked(self) else stock(self, input)
         return y
 
     return traced_like_torchs_own(forward, normalization)
 
 
 def layer_norm_forward(self: torch.nn.LayerNorm, input: Tensor) -> Tensor:
-    # It calls F.layer_norm, which lowers. The method knows the module.
+    # Stock's forward calls F.layer_norm, which lowers. Only the method knows the module.
     if is_marked(self):
-        y: Tensor = run_stock("exempt", _layer_norm_forward, self, input)
+        y: Tensor = run_stock(EXEMPT, _layer_norm_forward, self, input)
         return y
     return _layer_norm_forward(self, input)
 
@@ -70,11 +68,11 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    lowering = _forward.active
-    dtype = decide(lowering, "layer_norm", input, weight)
-    if not isinstance(dtype, str):
+    request = _forward.active
+    dtype, _ = decide_and_count(request, "layer_norm", input, weight)
+    if dtype is not None:
         norm = "layer_norm"
-        return run_backend(lowering, norm, input, normalized_shape, weight, bias, eps, dtype)
+        return run_backend(request, norm, input, normalized_shape, weight, bias, eps, dtype)
     return _layer_norm(input, normalized_shape, weight, bias, eps)
 
 
@@ -85,9 +83,9 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    lowering = _forward.active
-    dtype = decide(lowering, "group_norm", input, weight)
-    if not isinstance(dtype, str):
+    request = _forward.active
+    dtype, _ = decide_and_count(request, "group_norm", input, weight)
+    if dtype is not None:
         # PyTorch's function, not the operator: it checks the input.
         return native.lower(_group_norm, input, num_groups, weight, bias, eps, dtype)
     return _group_norm(input, num_groups, weight, bias, eps)
@@ -99,14 +97,14 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    lowering = _forward.active
-    dtype = decide(lowering, "rms_norm", input, weight)
-    if not isinstance(dtype, str):
-        # PyTorch's default is that of the dtype in which it computes: under CUDA's autocast,
-        # float32.
+    request = _forward.active
+    dtype, _ = decide_and_count(request, "rms_norm", input, weight)
+    if dtype is not None:
+        # PyTorch's default is the eps of the dtype in which it computes: float32 under CUDA's
+        # autocast.
         eps = torch.finfo(torch.float32).eps if eps is None else eps
         norm = "rms_norm"
-        return run_backend(lowering, norm, input, normalized_shape, weight, None, eps, dtype)
+        return run_backend(request, norm, input, normalized_shape, weight, None, eps, dtype)
     return _rms_norm(input, normalized_shape, weight, eps)
 
 
@@ -115,13 +113,10 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "group_norm": group_norm,
     **({"rms_norm": rms_norm} if HAS_RMS_NORM else {}),
 }
-"""What runs in the place of each function of torch.nn.functional, by its name there."""
+"""Our function for each function of torch.nn.functional, by its name there."""
 
 MODULES = {"layer_norm": "LayerNorm", "group_norm": "GroupNorm", "rms_norm": "RMSNorm"}
 """The class of torch.nn that calls each function."""
-
-NAMES = (*FUNCTIONS, *([HAND_WRITTEN] if HAS_RMS_NORM else []))
-"""The norms that can be lowered with this torch, as LPLN_NORMS names them."""
 
 
 def wrap_forward(original: Any) -> Callable[..., Any]:
@@ -136,12 +131,12 @@ def wrap_forward(original: Any) -> Callable[..., Any]:
         if vars(layer_norm_forward).get("__wrapped__") is not original:
             functools.update_wrapper(layer_norm_forward, original)
         return layer_norm_forward
-    # What is not callable is a descriptor, such as a partialmethod.
+    # An object that is not callable is a descriptor, such as a partialmethod.
     call = original if callable(original) else functools.partial(_call_bound, original)
 
     def forward_of_another_patcher(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_marked(self):
-            return run_stock("exempt", call, self, *args, **kwargs)
+            return run_stock(EXEMPT, call, self, *args, **kwargs)
         return call(self, *args, **kwargs)
 
     wrapper = traced_like_torchs_own(forward_of_another_patcher, normalization)
@@ -149,7 +144,7 @@ def wrap_forward(original: Any) -> Callable[..., Any]:
 
 
 def is_our_wrapper(function: object) -> bool:
-    """Return True for what `wrap_forward` has made."""
+    """Return True if `wrap_forward` has made `function`."""
     return type(function) is types.FunctionType and function.__globals__ is globals()
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules import normalization
 from lpln_autopatch import _dynamo, _exemption, _forward, _norms
 from lpln_autopatch._exchange import Exchange, is_torchs_own
 from lpln_autopatch._hand_written.classes import Classes
-from lpln_autopatch._request import Request
+from lpln_autopatch._request import HAND_WRITTEN, Request
 from lpln_autopatch._torch_compat import drop_compiled_code_that_cannot_follow
 
 if not hasattr(wrapt, "wrapper_chain"):
@@ -32,10 +32,10 @@ LayerNorm = normalization.LayerNorm
 
 
 class ForwardWrapper:
-    """Our wrapper on `torch.nn.LayerNorm.forward`, put on and taken off through wrapt."""
+    """The wrapper on `torch.nn.LayerNorm.forward`, put on and taken off through wrapt."""
 
     def __init__(self) -> None:
-        # Whether one of ours may be on, in sight or not, and what was at the bottom before it.
+        # True if our wrapper may be on, in sight or not. The function that it was put on.
         self._is_there = False
         self._bottom: Any = None
 
@@ -60,7 +60,7 @@ class ForwardWrapper:
             self._is_there = False
             return None
         chain = self._chain()
-        # Where neither ours is in sight nor what was beneath it, a closure hides both.
+        # If neither ours nor the function beneath it is in sight, a closure hides both.
         bottom_is_in_sight = chain[-1] is self._bottom or _is_torchs_forward(chain[-1])
         self._is_there = not bottom_is_in_sight or any(map(_norms.is_our_wrapper, chain))
         if not self._is_there:
@@ -88,8 +88,8 @@ class Patches:
     """The exchanged functions of PyTorch, and the wrapper on LayerNorm.forward.
 
     Args:
-        carried: For each function of checkpointing, by its path, what makes its replacement from
-            its stock copy.
+        carried: For each function of checkpointing, by its path, the maker of its replacement,
+            which takes its stock copy.
     """
 
     def __init__(
@@ -132,26 +132,25 @@ class Patches:
         """Make `request` active: exchange the functions of its norms, and give back the others.
 
         Args:
-            request: What decides now. `prepare` has had its norms before.
-            carries: Whether checkpointing remembers what its forwards run under.
-            recorder: What runs in the place of each norm, wanted or not, instead of ours.
+            request: The request to make active. `prepare` has had its norms before.
+            carries: True if checkpointing is to remember the request of each forward.
+            recorder: Functions that run in the place of each norm, wanted or not, instead of ours.
 
         Returns:
-            Whether what the hot path reads has changed, and a message if something cannot be given
-            back.
+            True if the active request has changed, and a message if the wrapper cannot be taken
+            off.
         """
-        lowering = _forward.INACTIVE
-        wanted: tuple[str, ...] = ()
-        if request is not None and request.precision.ever_engages:
-            lowering, wanted = request.lowering, request.norms
-        self._classes.follow(_forward.HAND_WRITTEN in wanted, keep=carries)
-        changed = lowering != _forward.active
+        if request is None or not request.precision.ever_engages:
+            request = _forward.INACTIVE
+        wanted = request.norms.split(",")
+        self._classes.follow(HAND_WRITTEN in wanted, keep=carries)
+        changed = request != _forward.active
         next_ones = self._next(wanted, carries, recorder)
         changes = [(exchange, runs) for exchange, runs in next_ones if exchange.runs is not runs]
         if changed or changes:
             _dynamo.note_switch()
             if changed:
-                _forward.active = lowering
+                _forward.active = request
             for exchange, runs in changes:
                 exchange.run(runs)
             _dynamo.note_switch()
@@ -163,7 +162,7 @@ class Patches:
         carries: bool,
         recorder: Mapping[str, Callable[..., Any]] | None,
     ) -> Iterator[tuple[Exchange, Callable[..., Any] | None]]:
-        """Yield each exchange with what its function should run, or None for its own code."""
+        """Yield each exchange with the code that its function is to run, or None for its own."""
         for norm, exchange in self._norms.items():
             if recorder is not None and exchange.function is not None:
                 yield exchange, recorder[norm]
@@ -175,18 +174,18 @@ class Patches:
             yield exchange, exchange.replacement if norm in wanted else None
 
     def settle(self, stacklevel: int) -> None:
-        """After a change, under no lock: have compiled code follow, or warn."""
+        """Have compiled code follow a change, or warn. Called under no lock."""
         drop_compiled_code_that_cannot_follow()
         _dynamo.settle(stacklevel + 1)
 
     def exchanged(self) -> set[str]:
         """Return the norms whose functions, or classes, run our code."""
         found = {norm for norm, exchange in self._norms.items() if exchange.runs is not None}
-        # The forwards of classes run it for longer, and do nothing then.
-        return found | {_forward.HAND_WRITTEN} & {*_forward.active.norms.split(",")}
+        # The forwards of classes keep it for longer, and do nothing then.
+        return found | {HAND_WRITTEN} & {*_forward.active.norms.split(",")}
 
     def tell_dynamo(self) -> None:
-        """Tell Dynamo again what is exchanged."""
+        """Tell Dynamo again which functions are exchanged."""
         for exchange in self._norms.values():
             exchange.tell_dynamo()
 

@@ -1,4 +1,4 @@
-"""Precision names, and for which autocast dtype each of them engages.
+"""The names of precisions, and the autocast dtypes for which each engages.
 
 Free of torch, so that an environment variable can be judged while torch is being imported.
 """
@@ -25,14 +25,14 @@ class NoEffectWarning(UserWarning):
 
 
 class Precision(str, enum.Enum):
-    """When LayerNorm is lowered. The names are Composer's, plus `AMP`.
+    """The condition under which norms are lowered. The names are Composer's, plus `AMP`.
 
     `Precision("bf16")`, `Precision("AMP_BF16")` and `Precision(torch.bfloat16)` are one member:
     case and space around a name do not matter, and dtypes and `composer.core.Precision` members
     are understood.
 
     Attributes:
-        AMP: Engages for the autocast dtype in force, float16 or bfloat16.
+        AMP: Engages for the autocast dtype of the moment, float16 or bfloat16.
         AMP_FP16: Engages when the autocast dtype is float16. Also `"float16"`, `torch.float16`.
         AMP_BF16: Engages when the autocast dtype is bfloat16. Also `"bf16"`, `"bfloat16"`,
             `torch.bfloat16`.
@@ -62,10 +62,14 @@ class Precision(str, enum.Enum):
 
     @classmethod
     def parse(cls, value: object, source: str) -> Precision:
-        """`Precision(value)`, whose ValueError names `source`, an argument, option or variable.
+        """Return `Precision(value)`, or raise a ValueError that names `source`.
 
-        From outside of the program "fp16" is an error. Trainers call autocast to float16 so, and
-        Composer a training without autocast.
+        From outside of the program "fp16" is an error: trainers mean autocast to float16 by it, and
+        Composer means training without autocast.
+
+        Args:
+            value: A name, a dtype, or a member of Composer's enum.
+            source: The argument, the option or the variable that held it.
         """
         from_outside = source in ("LPLN_PRECISION", "--precision")
         try:
@@ -89,11 +93,11 @@ class Precision(str, enum.Enum):
 
     @property
     def ever_engages(self) -> bool:
-        """Whether there is an autocast dtype for which this precision engages."""
+        """True if this precision engages for an autocast dtype."""
         return self in _ENGAGES
 
     def engages(self, autocast_dtype: torch.dtype) -> bool:
-        """Whether a LayerNorm under autocast to `autocast_dtype` is lowered."""
+        """Return True if norms are lowered under autocast to `autocast_dtype`."""
         return str(autocast_dtype) in _ENGAGES.get(self, ())
 
 

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from lpln_autopatch import _exemption, _forward, _state
 from lpln_autopatch._exchange import is_torchs_own
+from lpln_autopatch._exemption import EXEMPT
+from lpln_autopatch._forward import Decision
 from lpln_autopatch._hand_written import forwards
 from lpln_autopatch._norms import FUNCTIONS
+from lpln_autopatch._request import Request
 from lpln_autopatch._torch_compat import autocast_dtype, every_module_hooked
 from lpln_autopatch.surgery import is_under_surgery, runs_torchs_forward
 
@@ -78,8 +81,8 @@ class Recorder:
                     setattr(F, norm, foreign[norm])
 
     def _call(self, norm: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        # What a backend calls is a part of a call of ours.
-        if threading.get_ident() != self._thread or _exemption.why_stock() not in (None, "exempt"):
+        # The norms that a backend calls are a part of a call that has its row already.
+        if threading.get_ident() != self._thread or _exemption.why_stock() not in (None, EXEMPT):
             return function(*args, **kwargs)
         x = args[0] if args else kwargs.get("input")
         weight = args[2] if len(args) > 2 else kwargs.get("weight")
@@ -111,18 +114,19 @@ class Recorder:
             if _is_norm(self._running[-1][1], module):
                 self._cast_back(before, y)
             return
-        by, lowering = "", _forward.active
+        by, request = "", _forward.active
         x = _first_tensor((*args, *kwargs.values()))
         if is_under_surgery(module):
-            by, lowering = "surgery", module._lowering
-        elif not runs_torchs_forward(module):  # which is another patcher's, if it calls none
+            by, request = "surgery", module._request
+        elif not runs_torchs_forward(module):
             norm, decision = forwards.explain(module, args, kwargs)
             if norm or _is_norm(self._running[-1][1], module):
                 self._record(norm or type(module).__name__, x, y, decision)
             return
-        decision = _decide(lowering, "layer_norm", x, module.weight)
-        is_exempt = _exemption.is_marked(module)
-        self._record("layer_norm", x, y, "exempt" if is_exempt else decision, by)
+        decision = _decide(request, "layer_norm", x, module.weight)
+        if _exemption.is_marked(module):
+            decision = None, EXEMPT
+        self._record("layer_norm", x, y, decision, by)
 
     def _cast_back(self, start: int, y: Tensor | None) -> None:
         """Mark the rows from `start` on, of one module, as stock if the module returns float32."""
@@ -133,14 +137,16 @@ class Recorder:
                     row, output_dtype=torch.float32, lowered=False, reason=why
                 )
 
-    def _record(self, norm: str, x: Any, y: Any, decision: torch.dtype | str, by: str = "") -> None:
+    def _record(self, norm: str, x: Any, y: Any, decision: Decision, by: str = "") -> None:
+        dtype, why = decision
         given, got = getattr(x, "dtype", None), getattr(y, "dtype", None)
-        lowered, reason = got == decision, by
+        lowered, reason = got is not None and got == dtype, by
         if not lowered and given is torch.float32 and got == autocast_dtype(x.device.type):
-            # PyTorch's own give float32 for float32. Surgery decides inside a mode, unseen.
+            # PyTorch's own norms return float32 for float32, so that another patcher has lowered
+            # it; or surgery has, inside a function mode, where no decision is recorded.
             lowered, reason = True, by or "another patcher"
         elif not lowered:
-            reason = decision if isinstance(decision, str) else f"another patcher gives {got}"
+            reason = why if dtype is None else f"another patcher gives {got}"
         self.rows.append(Row(self._running[-1][1], norm, 1, given, got, lowered, reason))
 
     def counted(self) -> tuple[Row, ...]:
@@ -149,10 +155,10 @@ class Recorder:
         return tuple(dataclasses.replace(row, calls=n) for row, n in alike.items())
 
 
-def _decide(lowering: Any, norm: str, x: object, weight: Any) -> torch.dtype | str:
-    if not lowering.norms:
-        return "no precision is active"
-    return _forward.decide(lowering, norm, x, weight)
+def _decide(request: Request, norm: str, x: object, weight: Any) -> Decision:
+    if not request.norms:
+        return None, "no precision is active"
+    return _forward.decide(request, norm, x, weight)
 
 
 def _first_tensor(value: object) -> Tensor | None:
@@ -184,5 +190,5 @@ def norms_among(names: Mapping[torch.nn.Module, str], reason: str = "") -> Itera
     for module, name in names.items():
         if _is_norm(name, module):
             surgery = "surgery" if is_under_surgery(module) else ""
-            mark = "exempt" if _exemption.is_marked(module) else surgery
+            mark = EXEMPT if _exemption.is_marked(module) else surgery
             yield Row(name, type(module).__name__, 0, None, None, False, reason or mark)

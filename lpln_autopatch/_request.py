@@ -1,7 +1,7 @@
-"""What somebody asks for: a precision, a backend and norms, by name, from whichever way in.
+"""Requests: a precision, a backend and norms, from the environment, a call, a block or surgery.
 
-torch is imported by what needs it, not by this module: with LPLN_PRECISION set, importing torch
-comes back here, and must find a module that is whole.
+Functions import torch here, and the module does not: with LPLN_PRECISION set, the import of torch
+imports this module, which must be whole by then.
 """
 
 from __future__ import annotations
@@ -15,36 +15,56 @@ from typing import TYPE_CHECKING
 from lpln_autopatch._precision import NoEffectWarning, Precision
 
 if TYPE_CHECKING:
-    from lpln_autopatch._forward import Lowering
+    import torch
+
     from lpln_autopatch.backends import Backend
+
+
+HAND_WRITTEN = "hand_written"
+"""The name of the norms that classes compute without PyTorch's functions."""
+
+
+def norm_names() -> tuple[str, ...]:
+    """Return the names of the norms that can be lowered with this torch."""
+    from lpln_autopatch._torch_compat import HAS_RMS_NORM
+
+    later = ("rms_norm", HAND_WRITTEN) if HAS_RMS_NORM else ()
+    return ("layer_norm", "group_norm", *later)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What somebody asked for.
+    """A precision, a backend and norms. The hot path reads the active one.
+
+    Dynamo reads an attribute again for its guards after it has compiled, and another thread may
+    have made another request active by then. So `norms` and `dtypes` have one shape in all
+    requests.
 
     Attributes:
         precision: When norms are lowered.
-        backend: The name of what normalises, as it was chosen: never "auto".
-        norms: The names of the norms that are lowered.
+        backend: The name of the chosen backend, never "auto".
+        norms: The names of the norms that are lowered, with commas between them; "" lowers none.
+        dtypes: The autocast dtypes for which `precision` engages, twice the same if it is one.
+        normalise: The backend. It normalises LayerNorm, and RMSNorm if it has an `rms_norm`.
         source: "environment", "enable", "block" or "surgery".
-        lowering: What the hot path reads while this request is in force.
     """
 
     precision: Precision
     backend: str
-    norms: tuple[str, ...]
-    source: str
-    lowering: Lowering
+    norms: str
+    dtypes: tuple[torch.dtype, ...]
+    normalise: Backend
+    source: str = dataclasses.field(compare=False)
 
     def __str__(self) -> str:
-        return f"{', '.join(self.norms)}: precision {self.precision}, backend {self.backend}"
+        norms = self.norms.replace(",", ", ")
+        return f"{norms}: precision {self.precision}, backend {self.backend}"
 
     @classmethod
     def parse(cls, precision: object, backend: str, norms: object, source: str) -> Request:
-        """The request that these names make, or what `enable` raises."""
-        # Before our own modules that import it: if this is its first import and LPLN_PRECISION
-        # is set, it comes back to us, and must not find one of them half imported.
+        """Return the request that these names make, or raise as `enable` does."""
+        # Before our own modules import it: the first import of torch comes back to us if
+        # LPLN_PRECISION is set, and must not find one of our modules half imported.
         import torch  # noqa: F401
 
         # In the middle of torch's own import this raises. Importing a part of torch out of turn
@@ -57,11 +77,11 @@ class Request:
         parsed = Precision.parse(precision, argument)
         named = parse_norms(norms)
         name, normalise = backends.resolve(backend, parsed)
-        return _made(parsed, name, named, source, normalise)  # type: ignore[arg-type]
+        return _made(parsed, name, named, normalise, source)  # type: ignore[arg-type]
 
     @classmethod
     def again(cls, precision: str, backend: str) -> Request:
-        """What was asked for where a module was saved; natively if its backend is missing here."""
+        """Return the request of a saved module, with native if its backend is missing here."""
         try:
             return cls.parse(precision, backend, "layer_norm", "surgery")
         except (ImportError, ValueError) as error:
@@ -74,7 +94,7 @@ class Request:
             return cls.parse(precision, "native", "layer_norm", "surgery")
 
     def warn_never_engages(self, stacklevel: int) -> None:
-        """Say that this request lowers nothing."""
+        """Warn that this request lowers nothing."""
         warnings.warn(
             f"precision {str(self.precision)!r} never engages: norms stay as PyTorch has them. "
             "Use 'amp', 'amp_fp16' or 'amp_bf16' to run them in the autocast dtype.",
@@ -83,36 +103,32 @@ class Request:
         )
 
 
-@functools.lru_cache(maxsize=32)  # a block may be made for every step
+@functools.lru_cache(maxsize=32)  # a program may make a block for every step
 def _made(
-    precision: Precision, backend: str, norms: tuple[str, ...], source: str, normalise: Backend
+    precision: Precision, backend: str, norms: tuple[str, ...], normalise: Backend, source: str
 ) -> Request:
     import torch
 
-    from lpln_autopatch._forward import Lowering
-
     dtypes = [d for d in (torch.float16, torch.bfloat16) if precision.engages(d)]
-    lowering = Lowering(str(precision), tuple(dtypes * 2)[:2], ",".join(norms), normalise)
-    return Request(precision, backend, norms, source, lowering)
+    return Request(precision, backend, ",".join(norms), (*dtypes, *dtypes)[:2], normalise, source)
 
 
 def parse_norms(value: object) -> tuple[str, ...]:
-    """Return the norms that the argument `norms` of `enable` names, in the order of `NAMES`."""
-    from lpln_autopatch._norms import NAMES
-
+    """Return the norms that the argument `norms` of `enable` names, in a fixed order."""
+    valid = norm_names()
     source = "norms"
     if value is None:
         value, source = os.environ.get("LPLN_NORMS") or "layer_norm", "LPLN_NORMS"
-    if isinstance(value, str) and value in NAMES:
+    if isinstance(value, str) and value in valid:
         return (value,)
     given = value.split(",") if isinstance(value, str) else value
     try:
         names = [str(name).strip().lower() for name in given]  # type: ignore[attr-defined]
     except TypeError:
         names = [repr(given)]
-    wrong = [name for name in names if name not in (*NAMES, "all")]
+    wrong = [name for name in names if name not in (*valid, "all")]
     if wrong or not names:
         what = f"{wrong[0]!r} is not a norm" if wrong else "no norm is named"
-        hint = "" if "rms_norm" in NAMES else " (rms_norm, hand_written: from torch 2.4 on)"
-        raise ValueError(f"{source}={value!r}: {what}. Valid: {', '.join(NAMES)}, all{hint}.")
-    return tuple(name for name in NAMES if name in names or "all" in names)
+        hint = "" if "rms_norm" in valid else " (rms_norm, hand_written: from torch 2.4 on)"
+        raise ValueError(f"{source}={value!r}: {what}. Valid: {', '.join(valid)}, all{hint}.")
+    return tuple(name for name in valid if name in names or "all" in names)

@@ -1,6 +1,6 @@
-"""The requests of the process, and which one is active.
+"""The requests of the process: which are made, and which is active.
 
-torch is imported by what needs it, not by this module, for the reason that _request.py gives.
+Functions import torch here, and the module does not, for the reason that _request.py gives.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 # Process-wide, not thread-local: autograd recomputes checkpoints in threads of its own.
 _base: Request | None = None
-# In the order of entry, each under an object of its own. None is a recomputation whose forward ran
-# with nothing active.
-_blocks: dict[object, Request | None] = {}
-# Whether somebody has asked for anything since the base was last cleared. Until then checkpointing
-# remembers what its forwards ran under, also while nothing is active.
+# The requests of the open scopes in the order of entry, each under its scope. None is a
+# recomputation whose forward ran with nothing active.
+_scopes: dict[Scope, Request | None] = {}
+# True from a user's request until the base is cleared. Checkpointing remembers the request of each
+# forward for so long, also while nothing is active.
 _asked = False
 recorder: Mapping[str, Callable[..., Any]] | None = None
-"""What runs in the place of each norm while `report` records."""
-_made: Patches | None = None  # What `_patches` gives.
+"""The functions that run in the place of each norm while `report` records."""
+_made: Patches | None = None  # by `_patches`
 
 # Nothing is imported, compiled or told to the user while it is held. Reentrant, because the garbage
-# collector may close a block in the middle of a change.
+# collector may close a scope in the middle of a change.
 _lock = threading.RLock()
 
 
@@ -43,8 +43,8 @@ def _after_fork() -> None:
         _follow(_made)
 
 
-# A child forked while another thread holds the lock would wait for that thread forever, and have
-# half of what that one was changing.
+# A child that is forked while another thread holds the lock would wait for that thread forever, and
+# would have half of its change.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
@@ -53,15 +53,15 @@ def current() -> Request | None:
     """Return the innermost open block's request, or `enable()`'s if no block is open."""
     with _lock:
         try:
-            return next(reversed(_blocks.values()), _base)
-        except RuntimeError:  # the garbage collector has closed a block between two steps of this
+            return next(reversed(_scopes.values()), _base)
+        except RuntimeError:  # the garbage collector closed a scope between two steps
             return current()
 
 
 def set_base(request: Request | None) -> Request | None:
-    """Make `request` active wherever no block is open; return the one that it takes the place of.
+    """Make `request` active wherever no scope is open; return the base that it replaces.
 
-    None leaves nothing active but the open blocks, and nothing changed in PyTorch after the last.
+    With None nothing but the open scopes is active. After the last one PyTorch is as it was.
     """
     before = _base
     _change(functools.partial(_record_base, request), request)
@@ -73,20 +73,20 @@ def _record_base(request: Request | None) -> None:
     _base, _asked = request, request is not None
 
 
-class Block:
-    """A request that is active between `open` and `close`, or until another block is opened.
+class Scope:
+    """A stretch of the program in which a request is active: a user's block, or a recomputation.
 
-    An interruption leaves no block open: if `open` or `close` raises, the block is closed.
+    It lasts from `open` to `close`; a scope that is opened later goes before it. An interruption
+    leaves no scope open: if `open` or `close` raises, the scope is closed.
 
     Args:
         request: None for nothing, whatever else is active.
-        asked: Whether it is somebody's request, and no recomputation's.
+        asked: True for a user's block, False for a recomputation.
     """
 
     def __init__(self, request: Request | None, asked: bool = True) -> None:
         self._request = request
         self._is_asked_for = asked
-        self._key = object()
 
     def open(self) -> None:
         """Make the request active."""
@@ -98,13 +98,13 @@ class Block:
 
     def _record(self) -> None:
         global _asked
-        # Not in an open block: if the base was cleared there, all goes with the last one.
-        if self._is_asked_for and not _blocks:
+        # Not inside another scope: if the base was cleared there, the last scope ends it all.
+        if self._is_asked_for and not _scopes:
             _asked = True
-        _blocks[self._key] = self._request
+        _scopes[self] = self._request
 
     def close(self) -> None:
-        """Close the block. Blocks may close in any order, and more than once."""
+        """Close the scope. Scopes may close in any order, and more than once."""
         try:
             _change(self._forget, warn=self._is_asked_for)
         except KeyboardInterrupt:  # it may have come before anything was recorded
@@ -112,9 +112,9 @@ class Block:
             raise
 
     def _forget(self) -> None:
-        _blocks.pop(self._key, None)
-        if not _blocks:
-            _blocks.clear()  # a dict keeps the places of what was taken out, and looks through them
+        _scopes.pop(self, None)
+        if not _scopes:
+            _scopes.clear()  # a dict keeps the places of removed keys, and walks over them
 
     def __enter__(self) -> None:
         self.open()
@@ -123,26 +123,37 @@ class Block:
         self.close()
 
 
-def _capture() -> Callable[[], Block]:
-    """Return a maker of blocks for recomputations: of the request that is active in this thread."""
+def reset() -> int:
+    """Clear the base, and close all open scopes. Return how many there were."""
+    scopes = list(_scopes)
+    for scope in scopes:
+        scope.close()
+    set_base(None)
+    return len(scopes)
+
+
+def _request_of_this_thread() -> Request | None:
     from lpln_autopatch import _exemption
 
-    request = None if _exemption.is_exempt_now() else current()
-    return functools.partial(Block, request, asked=False)
+    return None if _exemption.is_exempt_now() else current()
+
+
+def _recomputation(request: Request | None) -> Scope:
+    return Scope(request, asked=False)
 
 
 @contextlib.contextmanager
 def recording(calls: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Run `calls[norm]` in the place of each norm, whatever is active."""
-    from lpln_autopatch._norms import NAMES
+    from lpln_autopatch._norms import FUNCTIONS
 
     def record(new: Mapping[str, Callable[..., Any]] | None) -> None:
         global recorder
         recorder = new
 
     patches, before = _patches(), recorder
-    for norm in NAMES:
-        # One that cannot be found is nothing that is lowered.
+    for norm in FUNCTIONS:
+        # A function that cannot be found is not lowered.
         with _lock, contextlib.suppress(RuntimeError):
             patches.prepare([norm])
     end = functools.partial(record, before)
@@ -169,13 +180,12 @@ def _patches() -> Patches:
     global _made
     if _made is not None:
         return _made
-    import torch  # noqa: F401  # with LPLN_PRECISION set, importing it makes a change of its own
+    import torch  # noqa: F401  # with LPLN_PRECISION set, its import makes a change of its own
 
     from lpln_autopatch import _checkpointing, _dynamo
     from lpln_autopatch._patch import Patches
 
-    stock = functools.partial(Block, None, asked=False)
-    made = Patches(_checkpointing.replacements(_capture, stock))
+    made = Patches(_checkpointing.replacements(_request_of_this_thread, _recomputation))
     _dynamo.connect(_tell_dynamo, _renew)
     with _lock:
         _made = _made or made
@@ -200,12 +210,12 @@ def _renew() -> None:
 def _change(record: Callable[[], Any], request: Request | None = None, warn: bool = True) -> None:
     """Record a change and make it active, also if an interruption comes.
 
-    What can fail comes before anything is recorded: a refused request changes nothing.
+    Every step that can fail comes before the recording: a refused request changes nothing.
     """
     patches = _patches()
     with _lock:
         if request is not None and request.precision.ever_engages:
-            patches.prepare(request.norms)
+            patches.prepare(request.norms.split(","))
         try:
             record()
             changed, message = _follow(patches)
@@ -214,21 +224,21 @@ def _change(record: Callable[[], Any], request: Request | None = None, warn: boo
             raise
     if changed and "torch._dynamo" in sys.modules:
         patches.settle(stacklevel=4)
-    # Last of all, for those who make errors of warnings.
+    # Last of all: a warning may be an error.
     if changed and warn and message is not None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def _follow(patches: Patches) -> tuple[bool, str | None]:
-    """Make active what is recorded.
+    """Make the recorded request active.
 
-    The garbage collector may close a block meanwhile: again, until what is active is what is
-    recorded.
+    The garbage collector may close a scope meanwhile. So this is repeated until the active request
+    is the recorded one.
     """
     changed, message = False, None
     while True:
-        recorded = request, carries, calls = current(), _asked or bool(_blocks), recorder
+        recorded = request, carries, calls = current(), _asked or bool(_scopes), recorder
         result = patches.follow(request, carries, calls)
         changed, message = changed or result[0], message or result[1]
-        if recorded == (current(), _asked or bool(_blocks), recorder):
+        if recorded == (current(), _asked or bool(_scopes), recorder):
             return changed, message

@@ -1,4 +1,4 @@
-"""What is active now, and where it came from."""
+"""`status`: the active request, where it came from, and the versions."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """What is active, and where it came from. Prints as a table.
+    """The active request, and where it came from. Prints as a table.
 
     Attributes:
         precision: The active precision, or None.
-        backend: What normalises, or None.
+        backend: The name of the backend, or None.
         norms: The names of the norms that are lowered, or None.
         source: "environment", "enable" or "block", or None.
-        installed: Whether PyTorch's functions run our code.
-        environment: LPLN_PRECISION as it is set now, or None. With a precision here and none
+        installed: True if PyTorch's functions run our code.
+        environment: The value of LPLN_PRECISION now, or None. If it names a precision and none is
             active, no route has read it: see docs/activation.md.
         versions: Of lpln_autopatch, torch, wrapt and python.
     """
@@ -49,20 +49,20 @@ class Status:
 
 
 def status() -> Status:
-    """Return what is active now, and where it came from.
+    """Return the active request, and where it came from.
 
     Returns:
         A snapshot, which prints as a table.
     """
-    import torch  # first, for the reason that Request.parse gives
+    import torch  # first: see Request.parse
     import wrapt
 
     from lpln_autopatch import __version__
 
     request = _state.current()
-    asked = ("precision", "backend", "norms", "source")
     return Status(
-        **{name: getattr(request, name, None) for name in asked},
+        **{name: getattr(request, name, None) for name in ("precision", "backend", "source")},
+        norms=None if request is None else tuple(request.norms.split(",")),
         installed=_state.is_installed(),
         environment=os.environ.get("LPLN_PRECISION"),
         versions={

@@ -14,12 +14,11 @@ from collections import Counter
 
 import torch
 
-from lpln_autopatch import _exemption, _forward, _norms, surgery
+from lpln_autopatch import _exemption, _forward, _norms
 from lpln_autopatch._exempt_by_name import ByName
-from lpln_autopatch._forward import INTERCEPTED, Lowering, decide
-from lpln_autopatch._hand_written import forwards, kinds
-from lpln_autopatch._hand_written.form import Form
-from lpln_autopatch._hand_written.forwards import decide_form
+from lpln_autopatch._forward import INTERCEPTED, Decision
+from lpln_autopatch._hand_written import kinds
+from lpln_autopatch._request import HAND_WRITTEN
 from lpln_autopatch._torch_compat import (
     is_dynamo_compiling,
     never_a_frame_of_its_own,
@@ -46,60 +45,33 @@ def install(everything: bool, names: ByName | None) -> None:
     """
     global _everything
     _everything = everything
-    # In the place of the name, because a hook in the hot path would cost every program.
-    _decide_by(_counted, _counted_form)
+    _forward.counter = _count
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_forget)
     atexit.register(_print, names)
 
 
-def _decide_by(function: object, of_forms: object) -> None:
-    vars(_norms)["decide"] = vars(surgery)["decide"] = function
-    vars(forwards)["decide_form"] = of_forms
-
-
-def _counted(
-    lowering: Lowering, norm: str, x: object, weight: torch.Tensor | None
-) -> torch.dtype | str:
-    decision = decide(lowering, norm, x, weight)
+def _count(decision: Decision) -> None:
+    dtype, reason = decision
     if is_dynamo_compiling():
-        _count_traced(decision)
-    elif _counting and _exemption.why_stock() != kinds.TRIAL:
-        _count(decision)
-    return decision
-
-
-def _counted_form(
-    number: int, lowering: Lowering, module: torch.nn.Module, x: torch.Tensor
-) -> tuple[torch.dtype | str, Form | None]:
-    decision, form = decide_form(number, lowering, module, x)
-    if is_dynamo_compiling():
-        if form is not None:
-            _count_traced(decision)
-    elif _counting and (form is not None or forwards.is_norm(number, module, x)):
-        _count(decision)
-    return decision, form
-
-
-def _count(decision: torch.dtype | str) -> None:
-    if decision == INTERCEPTED:  # a mode or a subclass has it decided once more
-        return
-    calls[decision] += 1
-    if not _everything and not isinstance(decision, str):
-        _stop_counting()
+        _count_traced(dtype, reason)
+    elif _counting and reason != INTERCEPTED and _exemption.why_stock() != kinds.TRIAL:
+        calls[dtype or reason] += 1
+        if not _everything and dtype is not None:
+            _stop_counting()
 
 
 def _stop_counting() -> None:
     global _counting
     _counting = False
-    if "torch._dynamo" not in sys.modules:  # or compiled code may guard on the name
-        _decide_by(decide, decide_form)
+    if "torch._dynamo" not in sys.modules:  # or compiled code may guard on it
+        _forward.counter = None
 
 
 @run_while_compiling
-def _count_traced(decision: torch.dtype | str) -> None:
-    if decision != INTERCEPTED:
-        traced[decision] += 1
+def _count_traced(dtype: torch.dtype | None, reason: str) -> None:
+    if reason != INTERCEPTED:  # a mode or a subclass has it decided once more
+        traced[dtype or reason] += 1
 
 
 def _forget() -> None:
@@ -176,9 +148,8 @@ def _parameters(module: torch.nn.Module) -> list[torch.nn.Parameter | None]:
 def _norm_of(cls: type) -> str:
     """Return the norm that modules of `cls` may compute, or ""."""
     if kinds.candidate(cls) is not None:
-        return _forward.HAND_WRITTEN
+        return HAND_WRITTEN
     return next((n for n, name in _norms.MODULES.items() if cls.__name__ == name), "")
 
 
-for _function in (_counted, _counted_form):
-    never_a_frame_of_its_own(_function)
+never_a_frame_of_its_own(_count)

@@ -21,9 +21,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 if TORCH_VERSION >= (2, 4):
 
     def autocast_dtype(device_type: str) -> torch.dtype | None:
-        """The dtype that autocast runs `device_type` in now, or None where it is off."""
-        # meta is a type that autocast does not know: is_autocast_enabled raises there.
-        # The two that every build knows need not be asked for.
+        """Return the autocast dtype of `device_type` now, or None where autocast is off."""
+        # is_autocast_enabled raises for a type that autocast does not know, such as meta. Every
+        # build knows cpu and cuda.
         if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
             return None
         if not torch.is_autocast_enabled(device_type):
@@ -33,7 +33,7 @@ if TORCH_VERSION >= (2, 4):
 else:  # until torch 2.4: one pair of functions for each device type
 
     def autocast_dtype(device_type: str) -> torch.dtype | None:
-        """The dtype that autocast runs `device_type` in now, or None where it is off."""
+        """Return the autocast dtype of `device_type` now, or None where autocast is off."""
         if device_type == "cuda" and torch.is_autocast_enabled():
             return torch.get_autocast_gpu_dtype()
         if device_type == "cpu" and torch.is_autocast_cpu_enabled():
@@ -55,12 +55,12 @@ is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defin
 
 
 def forward_mode_is_on() -> bool:
-    """Whether a level of forward-mode differentiation is open, `torch.func.jvp`'s included."""
+    """Return True in forward-mode differentiation, `torch.func.jvp` included."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def something_intercepts_operators() -> bool:
-    """Whether a functorch transform or a `TorchDispatchMode` (FakeTensorMode, ...) is active."""
+    """Return True if a functorch transform or a `TorchDispatchMode` is active."""
     if TORCH_VERSION < (2, 1):  # until torch 2.1: neither question can be asked
         return False
     return bool(torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
@@ -112,7 +112,7 @@ is_exporting: Callable[[], bool] = getattr(getattr(torch, "compiler", 0), "is_ex
 def run_while_compiling(function: _F) -> _F:
     """Make Dynamo call `function` for real while it traces, and take its result as a constant.
 
-    What `torch.compiler.assume_constant_result` does, less the seconds that importing Dynamo takes.
+    The same as `torch.compiler.assume_constant_result`, which would import Dynamo for seconds.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -121,9 +121,9 @@ def run_while_compiling(function: _F) -> _F:
 def never_a_frame_of_its_own(function: _F, nor_what_it_calls: bool = False) -> _F:
     """Have Dynamo inline `function` in code that it traces, and never compile it by itself.
 
-    That is how it treats torch.nn's own functions. Behind a graph break it would otherwise
-    compile ours, once for every module that they are called for. With `nor_what_it_calls` (of
-    no effect until torch 2.6) it compiles nothing that runs beneath it either.
+    It treats torch.nn's own functions in this way. Otherwise it would compile ours behind a graph
+    break, once for every module. With `nor_what_it_calls` (of no effect until torch 2.6) it does
+    not compile the functions beneath it either.
     """
     eval_frame: Any = torch._C._dynamo.eval_frame if TORCH_VERSION >= (2, 0) else None
     if hasattr(eval_frame, "skip_code"):  # until torch 2.6
@@ -137,11 +137,11 @@ def never_a_frame_of_its_own(function: _F, nor_what_it_calls: bool = False) -> _
 
 
 def traced_like_torchs_own(function: _F, module: types.ModuleType) -> _F:
-    """The same for a function that may be what is compiled: `torch.compile(nn.LayerNorm(8))`.
+    """Have Dynamo treat `function` as if torch's `module` had it, at the top of a graph too.
 
-    torch.compile adds a frame above a module whose forward Dynamo would skip, and it judges that
-    by the file's name, here made one of torch's `module`. Tracebacks show both files, and inspect
-    and debuggers find the source under that name, too.
+    For `torch.compile(nn.LayerNorm(8))`: torch.compile adds a frame above a module whose forward
+    Dynamo would skip. It judges by the name of the file, which becomes one of `module` here.
+    Tracebacks show both files, and inspect and debuggers find the source under that name, too.
     """
     code = function.__code__
     name = f"{module.__file__} <- {code.co_filename}"
@@ -151,13 +151,13 @@ def traced_like_torchs_own(function: _F, module: types.ModuleType) -> _F:
 
 
 def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
-    """The module that `torch.compile` was called for to make `model`, or `model` itself."""
+    """Return the module from which `torch.compile` made `model`, or `model` itself."""
     is_compiled = type(model).__module__.startswith("torch._dynamo.")
     return getattr(model, "_orig_mod", model) if is_compiled else model
 
 
 def compiled_code_runs_eagerly() -> AbstractContextManager[Any]:
-    """Have what was compiled run as Python, in every thread. until torch 2.6: it cannot."""
+    """Run compiled code as Python, in every thread. until torch 2.6: it cannot."""
     can = TORCH_VERSION >= (2, 6) and "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if can else contextlib.nullcontext()
 
@@ -188,7 +188,7 @@ def every_module_hooked(enter: Callable[..., None], leave: Callable[..., None]) 
 
 
 def remove_forward_hooks(module: torch.nn.Module, *unwanted: Callable[..., Any]) -> None:
-    """Take hooks off by themselves: a copy of a module has its hooks, and no handles of them."""
+    """Remove hooks without their handles: a copy of a module has hooks, and no handles."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
             if any(hook is one for one in unwanted):
@@ -197,7 +197,7 @@ def remove_forward_hooks(module: torch.nn.Module, *unwanted: Callable[..., Any])
 
 
 def on_module_registration(hook: Callable[..., None]) -> Any:
-    """Call `hook(parent, name, module)` when a module becomes part of another; gives a handle.
+    """Call `hook(parent, name, module)` when a module becomes part of another; return a handle.
 
     Raises:
         ImportError: until torch 2.0 modules do not tell.
@@ -209,14 +209,14 @@ def on_module_registration(hook: Callable[..., None]) -> Any:
 
 
 def loads_entry_points() -> bool | None:
-    """Whether `import torch` loads those of `torch.backends`; None where it does not know how."""
+    """Return True if `import torch` loads entry points, and None if this torch cannot."""
     # until torch 2.5
     is_enabled: Any = getattr(torch, "_is_device_backend_autoload_enabled", None)
     return None if is_enabled is None else bool(is_enabled())
 
 
 def devices() -> list[str]:
-    """The devices here that autocast knows, with their names."""
+    """Return the devices here that autocast knows, with their names."""
     found = ["cpu"]
     for kind in ("cuda", "xpu"):
         module = getattr(torch, kind, None)  # until torch 2.3: no torch.xpu
@@ -227,19 +227,19 @@ def devices() -> list[str]:
 
 
 def drop_compiled_code_that_cannot_follow() -> None:
-    """Drop compiled code where it does not guard on what the wrappers read."""
+    """Drop compiled code on versions where it has no guard on our state."""
     if not DYNAMO_TRACES_NORMS and "torch._dynamo" in sys.modules:
         # Not the whole reset, which forgets what others have registered. until torch 2.4: only it
         getattr(torch._dynamo, "reset_code_caches", torch._dynamo.reset)()
 
 
-# Of `torch.utils.checkpoint`: the lowest points that every route to a recomputation passes,
-# and which positional argument of each is the function that will run again in backward.
+# The functions of `torch.utils.checkpoint` that every route to a recomputation passes, and the
+# position of the argument that will run again in backward.
 CHECKPOINT_ENTRIES = {"CheckpointFunction.forward": 1, "_CheckpointFrame.__init__": 1}
 if TORCH_VERSION < (2, 1):  # until torch 2.1: non-reentrant checkpointing keeps no frame
     CHECKPOINT_ENTRIES = {"CheckpointFunction.forward": 1, "_checkpoint_without_reentrant": 0}
 
-# What runs first in a recomputation, and the attribute of its `self` that holds the function.
+# The functions that run first in a recomputation, and the attribute of self with the function.
 CHECKPOINT_RECOMPUTATIONS = {"CheckpointFunction.backward": "run_function"}
 if hasattr(getattr(torch.utils.checkpoint, "_CheckpointFrame", None), "get_inputs"):
     # until torch 2.12: frames have no method that runs first

@@ -14,8 +14,8 @@ import torch.nn.functional as F  # noqa: F401
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from lpln_autopatch._exemption import is_marked
-from lpln_autopatch._forward import INTERCEPTED, decide, run_backend
+from lpln_autopatch._exemption import EXEMPT, is_marked
+from lpln_autopatch._forward import INTERCEPTED, decide_and_count, run_backend
 from lpln_autopatch._precision import NoEffectWarning, Precision
 from lpln_autopatch._request import Request
 from lpln_autopatch._torch_compat import traced_like_torchs_own
@@ -58,33 +58,34 @@ class LPLayerNorm(torch.nn.LayerNorm):
         _give(self, _parse(precision, backend))
 
     def forward(self, input: Tensor) -> Tensor:
-        lowering = getattr(self, "_lowering", None)
-        if lowering is None:
-            # Reverted, but a hook kept this forward: no LPLayerNorm any more, so no super() either.
+        request = getattr(self, "_request", None)
+        if request is None:
+            # Surgery was reverted, but a hook has kept this forward. `self` is no LPLayerNorm any
+            # more, so that super() would fail.
             return torch.nn.LayerNorm.forward(self, input)
-        dtype: torch.dtype | str = "exempt"
+        dtype, reason = None, EXEMPT
         if not is_marked(self):
-            dtype = decide(lowering, "layer_norm", input, self.weight)
+            dtype, reason = decide_and_count(request, "layer_norm", input, self.weight)
         arguments = (input, self.normalized_shape, self.weight, self.bias, self.eps)
-        if dtype == INTERCEPTED:
-            # By a mode or a subclass, which calls this again.
+        if reason == INTERCEPTED:
+            # The mode or the subclass calls this again.
             both = (input, self.weight)
             return handle_torch_function(LPLayerNorm.forward, both, self, input)
-        if isinstance(dtype, str):
-            # The operator: what is active has no say in a module of its own precision.
+        if dtype is None:
+            # The operator, and not F.layer_norm, which the active request would lower.
             return torch.layer_norm(*arguments)
-        return run_backend(lowering, "layer_norm", *arguments, dtype)
+        return run_backend(request, "layer_norm", *arguments, dtype)
 
-    # TorchScript compiles the source of what this stands for.
+    # TorchScript compiles the source of PyTorch's forward in place of ours.
     forward.__wrapped__ = inspect.unwrap(torch.nn.LayerNorm.forward)  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
-        # The names of what was asked for, and no backend: it may be missing where this is loaded.
-        return {name: value for name, value in vars(self).items() if name != "_lowering"}
+        # Only names: the backend itself may be missing where the pickle is loaded.
+        return {name: value for name, value in vars(self).items() if name != "_request"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._lowering = Request.again(*state["_asked"]).lowering
+        self._request = Request.again(*state["_asked"])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
@@ -170,15 +171,15 @@ def revert_low_precision_layernorm(model: torch.nn.Module) -> dict[str, torch.nn
         original = _original_class(type(module))
         if original is not None:
             module.__class__ = original
-            del module._lowering, module._asked
+            del module._request, module._asked
             changed[name] = cast(torch.nn.LayerNorm, module)
     return changed
 
 
 def _give(norm: torch.nn.LayerNorm, request: Request) -> None:
-    """Have `norm` do what `request` says."""
+    """Have `norm` lower its calls as `request` says."""
     asked = str(request.precision), request.backend
-    vars(norm).update(_lowering=request.lowering, _asked=asked)
+    vars(norm).update(_request=request, _asked=asked)
 
 
 def _parse(precision: object, backend: str) -> Request:
@@ -195,8 +196,8 @@ def check_is_module(model: object, function: str) -> None:
 
 
 def is_under_surgery(module: torch.nn.Module) -> bool:
-    """Whether `module` lowers its calls by itself."""
-    return isinstance(module, LPLayerNorm) and getattr(module, "_lowering", None) is not None
+    """Return True if `module` lowers its calls by itself."""
+    return isinstance(module, LPLayerNorm) and getattr(module, "_request", None) is not None
 
 
 def runs_torchs_forward(module: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm]:

@@ -15,7 +15,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import torch
 import torch.nn.functional as F
 
-import lpln_autopatch
 from lpln_autopatch import _forward, _state
 
 # Without a GPU, Triton's kernels run in its interpreter. Triton reads this when it is imported.
@@ -33,16 +32,14 @@ def _leave_layernorm_as_it_was() -> Iterator[None]:
     """A test that leaves a norm of torch changed fails, and cannot spoil the next one."""
     _forward._warned.clear()
     yield
-    open_blocks = list(_state._blocks.values())
-    _state._blocks.clear()
-    lpln_autopatch.disable()
+    open_scopes = _state.reset()
     left = vars(torch.nn.LayerNorm)["forward"]
     left_functions = {name: vars(F)[name] for name in ORIGINAL_FUNCTIONS}
     torch.nn.LayerNorm.forward = ORIGINAL_FORWARD
     vars(F).update(ORIGINAL_FUNCTIONS)
     if "torch._dynamo" in __import__("sys").modules:
         torch._dynamo.reset()
-    assert not open_blocks
+    assert open_scopes == 0
     assert left is ORIGINAL_FORWARD
     assert left_functions == ORIGINAL_FUNCTIONS
 

@@ -222,7 +222,7 @@ def test_a_version_and_a_measured_number_stand_for_any(tmp_path):
 def test_readme_names_the_blocks_that_are_not_run():
     """Each block that is only parsed is of a kind that the README names, and each kind has one."""
     readme = (ROOT / "README.md").read_text()
-    (sentence,) = re.findall(r"Only parsed are those with ([^;]+);", readme)
+    (sentence,) = re.findall(r"only\s+parses blocks with ([^;]+);", readme)
     kinds = re.findall(r"`([^`]+)`", sentence)
     parsed = [block for block in BLOCKS if block.reason is not None]
     for block in parsed:
@@ -263,6 +263,13 @@ def test_map_for_contributors_names_what_there_is():
     there = [path.name for path in package.glob("*.py")]
     there += [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
     assert sorted(names) == sorted(there)
+
+
+def test_map_names_every_test_file():
+    """The page for contributors places each file of tests, and names none that is not there."""
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    there = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert set(re.findall(r"`(?:tests/)?(test_\w+\.py)`", page)) == there
 
 
 @pytest.mark.parametrize("name", lpln_autopatch.__all__)

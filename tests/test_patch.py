@@ -196,7 +196,7 @@ def test_source_of_our_code_is_found():
     """inspect finds the wrapper's and LPLayerNorm's source, in files named as torch's."""
     source = inspect.getsource(_norms.layer_norm_forward.__code__)
     assert source.startswith("def layer_norm_forward(")
-    assert "decide(lowering" in inspect.getsource(lpln.LPLayerNorm.forward.__code__)
+    assert "decide_and_count(request" in inspect.getsource(lpln.LPLayerNorm.forward.__code__)
 
 
 def test_patcher_that_came_and_went_leaves_no_trace():

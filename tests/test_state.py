@@ -173,7 +173,7 @@ def test_interrupt_anywhere_leaves_nothing_half_done(layer_norm, what):
         if what is lpln.disable:
             lpln.enable()
         interrupted = interrupted_at(position, what)
-        assert not _state._blocks, position
+        assert not _state._scopes, position
         assert _state.recorder is None, position
         active = lpln.status().precision is not None
         assert lpln.status().installed is active, position

@@ -233,7 +233,7 @@ def test_subclass_of_lplayernorm_keeps_its_class():
     norm = Mine(8)
     assert apply_low_precision_layernorm(norm, "amp_bf16") == {"": norm}
     assert type(norm) is Mine
-    assert norm._lowering.precision == "amp_bf16"
+    assert norm._request.precision == "amp_bf16"
     assert revert_low_precision_layernorm(norm) == {}
     assert output_dtype(norm) is BF16
 
@@ -355,7 +355,7 @@ def test_subclass_that_cannot_be_subclassed_leaves_nothing_half_done(layer_norm)
     with pytest.raises(TypeError, match="Final is final"):
         apply_low_precision_layernorm(model)
     assert [type(module) for module in model] == [nn.LayerNorm, Final, nn.LayerNorm]
-    assert not any("_lowering" in vars(module) for module in model)
+    assert not any("_request" in vars(module) for module in model)
 
 
 def test_class_of_a_subclass_goes_with_it():

@@ -1,1 +1,1 @@
-"""The norms that classes write out: which classes do, and what their forwards run instead."""
+"""Hand-written norms: find the classes that compute one, and replace their forwards."""

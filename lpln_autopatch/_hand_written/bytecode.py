@@ -1,4 +1,4 @@
-"""What the bytecode of a forward says: which attributes of its module it names."""
+"""Read from the bytecode of a forward the attributes of its module that it names."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _EVERY_MODULES = frozenset(dir(torch.nn.Module()))
 
 
 def reads(cls: type, function: Callable[..., Any]) -> Iterator[str]:
-    """Yield the attributes of itself that `function`, or a method that it calls, names.
+    """Yield the attributes of self that `function`, or a method that it calls, names.
 
-    What it reads in another way is noticed when it is tried.
+    An attribute that it reads in another way is noticed by the trial.
     """
     for code in _codes(cls, function):
         for name in _attributes_of_self(code):
             found = inspect.getattr_static(cls, name, None)
-            # Its own code, and a cached_property, which stores something.
+            # A method, or a cached_property, which stores its value.
             is_code = callable(found) or hasattr(type(found), "__get__")
             if name not in _EVERY_MODULES and (not is_code or inspect.ismemberdescriptor(found)):
                 yield name
 
 
 def methods_called(cls: type, function: Callable[..., Any]) -> Iterator[str]:
-    """Yield the names of the methods of itself that `function` names."""
+    """Yield the names of the methods of self that `function` names."""
     for code in _codes(cls, function):
         for name in _attributes_of_self(code):
             if isinstance(inspect.getattr_static(cls, name, None), types.FunctionType):
@@ -38,7 +38,7 @@ def methods_called(cls: type, function: Callable[..., Any]) -> Iterator[str]:
 
 
 def asks_for_class(cls: type, function: Callable[..., Any]) -> bool:
-    """Return True if it calls `type`: what it finds or stores there cannot be followed."""
+    """Return True if `function` calls `type`: its use of the class cannot be followed."""
     return any(
         instruction.opname == "LOAD_GLOBAL" and instruction.argval == "type"
         for code in _codes(cls, function)
@@ -75,7 +75,7 @@ def _bases(cls: type) -> Iterator[type]:
 
 def _attributes_of_self(code: types.CodeType) -> Iterator[str]:
     first = code.co_varnames[:1]
-    itself = False  # whether the instruction before has loaded self
+    itself = False  # True if the instruction before has loaded self
     for instruction in dis.get_instructions(code):
         if instruction.opname == "EXTENDED_ARG":
             continue

@@ -1,4 +1,4 @@
-"""The classes that may write a norm out: exchange their forwards, and give them back."""
+"""Exchange the forwards of all classes that may be hand-written norms, and give them back."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ if hasattr(os, "register_at_fork"):
 
 
 class Classes:
-    """The classes of modules that are norms by their names, those made later included."""
+    """The classes of modules that are norms by their names, later ones included."""
 
     def __init__(self) -> None:
         self._exchanges: dict[types.FunctionType, Exchange] = {}
         self._is_on = False
-        self._settled: bool | None = False  # what is done; None after an interruption
+        self._settled: bool | None = False  # `_is_on`, once all is done; None after an interruption
         self._hook: Any = None
-        self._before: Any = None  # somebody else's hook
+        self._before: Any = None  # another patcher's hook
 
     def follow(self, wanted: bool, keep: bool) -> None:
         """Exchange the forwards if `wanted`; if not, give them back, unless `keep`.
 
-        Dynamo does not guard on the code of a forward that it inlines. So one that is exchanged
-        stays, and runs stock, until nobody asks for anything.
+        Dynamo does not guard on the code of a forward that it inlines. So an exchanged forward
+        stays exchanged, and runs stock, until `disable()`.
         """
         on = wanted or (keep and self._is_on)
         if on is self._settled:
@@ -75,7 +75,7 @@ class Classes:
                 exchange.run(None)
 
     def _watch(self) -> None:
-        """Have Python tell of each new class of modules."""
+        """Have Python call us for each new class of modules."""
         before = vars(torch.nn.Module).get("__init_subclass__")
         if self._hook is not None and before is self._hook:
             return
@@ -93,7 +93,7 @@ class Classes:
 
     def _unwatch(self) -> None:
         if vars(torch.nn.Module).get("__init_subclass__") is not self._hook:
-            return  # somebody else's is above ours, which does nothing now
+            return  # another patcher's is above ours, which does nothing now
         if self._before is None:
             del torch.nn.Module.__init_subclass__
         else:

@@ -1,4 +1,4 @@
-"""What a norm may compute, and whether a run of a forward agrees with it."""
+"""The formulas of norms, and their comparison with a run of a forward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Form(NamedTuple):
-    """What a hand-written norm computes of an input with a certain number of dimensions.
+    """The formula of a hand-written norm, for inputs with a certain number of dimensions.
 
     Attributes:
         norm: "rms_norm" or "layer_norm".
@@ -20,9 +20,9 @@ class Form(NamedTuple):
         size: Its size, or 0 for any.
         weight: The attribute that scales, or "".
         bias: The attribute that is added, or "".
-        adds_one: Whether 1 + weight scales.
-        eps: What is added to the mean square or the variance.
-        strides: Those of the output: "input", as elementwise operators give; "contiguous"; or
+        adds_one: True if it scales by 1 + weight.
+        eps: Added to the mean square or to the variance.
+        strides: The strides of the output: "input", as elementwise operators give; "contiguous"; or
             "last", contiguous if the normalised dimension were the last.
     """
 
@@ -54,7 +54,7 @@ def gradients_of(y: Tensor, dy: Tensor, inputs: Sequence[Tensor]) -> Sequence[Te
 
 
 def every_form(run: Run, dim: int, size: int) -> list[Form]:
-    """Return every form that there is for these tensors."""
+    """Return every form with the tensors of `run`."""
     names = list(run.tensors)
     pairs = [(w, b) for w in (*names, "") for b in (*names, "") if {w, b} - {""} == {*names}]
     return [
@@ -66,7 +66,7 @@ def every_form(run: Run, dim: int, size: int) -> list[Form]:
 
 
 def scale_of(form: Form, run: Run) -> Tensor:
-    """Return what the form scales by, in float64, to broadcast with `_rows(form, ...)`."""
+    """Return the scale of `form` in float64, in a shape that broadcasts with `_rows(form, ...)`."""
     if not form.weight:
         return torch.ones((), dtype=torch.float64)
     weight = run.tensors[form.weight].double() + form.adds_one
@@ -78,9 +78,10 @@ def _rows(form: Form, x: Tensor) -> Tensor:
 
 
 def eps_of(form: Form, run: Run) -> float:
-    """Return eps, or 0 if there is none.
+    """Return the eps of `run`, or 0 if it has none.
 
-    It follows from dx of a row of zeros, dy * weight / sqrt(eps), less its mean for LayerNorm.
+    It follows from dx of a row of zeros, which is dy * weight / sqrt(eps), less its mean for
+    LayerNorm.
     """
     dy = _rows(form, run.dy) * scale_of(form, run).detach()
     dx = _rows(form, run.gradients[0])
@@ -92,7 +93,7 @@ def eps_of(form: Form, run: Run) -> float:
 
 
 def values_of(form: Form, run: Run) -> Tensor:
-    """Return the output in float64, with what is normalised as the last dimension."""
+    """Return the output in float64, with the normalised dimension as the last."""
     rows = _rows(form, run.x)
     if form.norm == "layer_norm":
         rows = rows - rows.mean(-1, keepdim=True)
@@ -104,7 +105,7 @@ def values_of(form: Form, run: Run) -> Tensor:
 
 
 def agrees(form: Form, run: Run) -> bool:
-    """Return True if float64 gives the values and gradients of the run."""
+    """Return True if `form` in float64 gives the values and gradients of `run`."""
     x = run.x.detach().double().requires_grad_()
     tensors = {name: t.detach().double().requires_grad_() for name, t in run.tensors.items()}
     exact = run._replace(x=x, tensors=tensors)
@@ -118,7 +119,7 @@ def agrees(form: Form, run: Run) -> bool:
     dx = _rows(form, gradients[0])
     if not is_near(_rows(form, run.y.detach()), y.detach(), y.detach()):
         return False
-    # Terms that cancel make dx: what is left of them is compared with what they were.
+    # dx is a sum of terms that cancel: its error is compared with their size.
     terms = (dy * scale_of(form, run).detach()).abs().amax(-1, keepdim=True) * rstd
     return is_near(_rows(form, run.gradients[0]), dx, terms, 1e-4) and all(
         is_near(float32.double(), float64, float64.abs().amax(), 1e-4)

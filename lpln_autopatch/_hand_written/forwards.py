@@ -1,4 +1,4 @@
-"""The norms that classes write out: what runs in the place of their forwards."""
+"""Hand-written norms: the function that runs in the place of each forward."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lpln_autopatch import _exemption, _exporting, _forward
-from lpln_autopatch._exemption import is_marked, run_stock
-from lpln_autopatch._forward import HAND_WRITTEN, decide
+from lpln_autopatch._exemption import EXEMPT, is_marked, run_stock
+from lpln_autopatch._forward import Decision, decide
 from lpln_autopatch._hand_written import kinds
 from lpln_autopatch._hand_written.form import Form
 from lpln_autopatch._hand_written.normalise import normalise
+from lpln_autopatch._request import HAND_WRITTEN, Request
 from lpln_autopatch._torch_compat import (
     is_compiling,
     is_dynamo_compiling,
@@ -25,94 +26,106 @@ from lpln_autopatch._torch_compat import (
 )
 from lpln_autopatch.backends.gradients import DTYPES
 
-_forwards: list[kinds.Forward] = []  # each has a number, which is a constant for Dynamo
+_forwards: list[kinds.Forward] = []  # by a number, which is a constant for Dynamo
 
 
 def replacement(function: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what `function`, the forward of a class, runs while it is exchanged."""
+    """Return our function for `function`, the forward of a class."""
     number = _number_of(function)
     found = _forwards[number] = kinds.Forward(function, stock)
 
     def forward_of_a_class(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        lowering = _forward.active
-        if is_dynamo_compiling() and _exemption.changes == "":  # Dynamo guards on what it compares
+        request = _forward.active
+        if is_dynamo_compiling() and _exemption.guard_on_changes():
             return None
-        if HAND_WRITTEN in lowering.norms:
+        if HAND_WRITTEN in request.norms:
             if is_marked(self):
-                return run_stock("exempt", stock, self, *args, **kwargs)
+                return run_stock(EXEMPT, stock, self, *args, **kwargs)
             if args and found.are_defaults(args[1:], kwargs):
-                decision, form = decide_form(number, lowering, self, args[0])
-                if form is not None:
-                    return normalise(lowering, self, args[0], form, decision)
+                x = args[0]
+                decision, form = decide_form(number, request, self, x)
+                if _forward.counter is not None:
+                    _count(number, self, x, decision, form)
+                dtype = decision[0]
+                if form is not None and dtype is not None:
+                    return normalise(request, self, x, form, dtype)
         return stock(self, *args, **kwargs)
 
     return never_a_frame_of_its_own(forward_of_a_class)
 
 
 def decide_form(
-    number: int, lowering: _forward.Lowering, module: torch.nn.Module, x: Any
-) -> tuple[Any, Form | None]:
-    """Return the dtype to which a call is lowered and the form, or why it is stock and None."""
-    decision = decide(lowering, HAND_WRITTEN, x, None)
-    if isinstance(decision, str):
+    number: int, request: Request, module: torch.nn.Module, x: Any
+) -> tuple[Decision, Form | None]:
+    """Decide if `request` lowers a call of `module` for `x`, and in which form: None is stock."""
+    decision = decide(request, HAND_WRITTEN, x, None)
+    if decision[0] is None:
         return decision, None
     if is_compiling() and _exporting.is_running():
-        return "torch.export", None
+        return (None, "torch.export"), None
     if x.is_nested or x.layout is not torch.strided:
-        return "the input is not dense", None
+        return (None, "the input is not dense"), None
     form = _form_for(number, module, x)
     if isinstance(form, str):
-        return f"not recognised: {form}", None
+        return (None, f"not recognised: {form}"), None
     if form.size and x.shape[form.dim] != form.size:
-        return "its input has another size", None
+        return (None, "its input has another size"), None
     for name in (form.weight, form.bias):
         if name:
             tensor = getattr(module, name)
             if tensor.dtype not in DTYPES:
-                return f"{tensor.dtype} {name}".removeprefix("torch."), None
+                return (None, f"{tensor.dtype} {name}".removeprefix("torch.")), None
             if form.dim == -1 and tensor.ndim > 1 and not _fits(tensor, x):
-                return f"its input is broadcast to its {name}", None
+                return (None, f"its input is broadcast to its {name}"), None
     return decision, form
 
 
-def is_norm(number: int, module: torch.nn.Module, x: Any) -> bool:
-    """Return True if a call is one of a norm. Nothing is tried while TorchScript traces."""
-    return isinstance(x, Tensor) and not is_tracing() and type(_form_for(number, module, x)) is Form
+def _count(
+    number: int, module: torch.nn.Module, x: Any, decision: Decision, form: Form | None
+) -> None:
+    if form is None and not is_dynamo_compiling():
+        # The module may be no norm. While TorchScript traces, no trial tells.
+        if not isinstance(x, Tensor) or is_tracing():
+            return
+        form_or_reason = _form_for(number, module, x)
+        form = form_or_reason if isinstance(form_or_reason, Form) else None
+    if form is not None and _forward.counter is not None:
+        _forward.counter(decision)
 
 
-def explain(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[str, torch.dtype | str]:
-    """Return the norm that a call of `module` computes by hand, or "", and what is decided of it.
+def explain(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[str, Decision]:
+    """Return the norm that a call of `module` computes by hand, or "", and the decision.
 
     Args:
-        module: It need not be exchanged.
-        args: What it is called with.
-        kwargs: Likewise, by name.
+        module: Its class need not be exchanged.
+        args: The arguments of the call.
+        kwargs: Its named arguments.
     """
     function = kinds.candidate(type(module))
     if function is None:
-        return "", "calls no norm function of torch.nn.functional"
+        return "", (None, "calls no norm function of torch.nn.functional")
     number = _number_of(function)
     try:
         passed = inspect.signature(function).bind(module, *args, **kwargs)
     except TypeError:  # the module has a forward of its own
-        return "", "another patcher"
+        return "", (None, "another patcher")
     passed.apply_defaults()
     x = passed.args[1]
     if not isinstance(x, Tensor):
-        return "", "the input is no tensor"
+        return "", (None, "the input is no tensor")
     form = _form_for(number, module, x)
     if isinstance(form, str):
-        return "", f"hand-written, and not recognised: {form}"
-    lowering = _forward.active
-    if not lowering.norms:
-        return form.norm, "no precision is active"
-    if HAND_WRITTEN not in lowering.norms:
-        return form.norm, "hand-written: norms='hand_written' lowers it"
+        return "", (None, f"hand-written, and not recognised: {form}")
+    request = _forward.active
+    if not request.norms:
+        return form.norm, (None, "no precision is active")
+    if HAND_WRITTEN not in request.norms:
+        return form.norm, (None, "hand-written: norms='hand_written' lowers it")
     if is_marked(module):
-        return form.norm, "exempt"
+        return form.norm, (None, EXEMPT)
     if not _forwards[number].are_defaults(passed.args[2:], passed.kwargs):
-        return form.norm, "it gets more than one tensor"
-    return form.norm, decide_form(number, lowering, module, x)[0]
+        return form.norm, (None, "it gets more than one tensor")
+    return form.norm, decide_form(number, request, module, x)[0]
 
 
 def _number_of(function: Any) -> int:
@@ -141,7 +154,7 @@ def _form_for(number: int, module: torch.nn.Module, x: Tensor) -> Form | str:
 
 
 def _is_own(module: torch.nn.Module, name: str) -> bool:
-    """Return True if `module` has something of its own in the place of a method."""
+    """Return True if the attribute `name` of `module` hides a method of its class."""
     if is_dynamo_compiling():  # it does not guard on what is missing in a `__dict__`
         return type(getattr(module, name)) is not types.MethodType
     return name in vars(module)
@@ -162,5 +175,5 @@ def _form(number: int, cls: type, values: kinds.Values, rank: int) -> Form | str
     return _forwards[number].form(cls, values, rank)
 
 
-for _function in (decide_form, _form_for, _is_own, _fits):
+for _function in (decide_form, _count, _form_for, _is_own, _fits):
     never_a_frame_of_its_own(_function)

@@ -1,4 +1,4 @@
-"""What hand-written forwards compute: found out once for each kind of module, and kept.
+"""The verdicts on hand-written forwards: one for each kind of module, found once and kept.
 
 A kind is a class with the plain values and the shapes of tensors that its forward reads.
 """
@@ -27,15 +27,15 @@ from lpln_autopatch._torch_compat import (
 )
 
 TRIAL = "a trial"
-"""Why calls are stock that a forward makes while it is tried."""
+"""The reason of calls that a forward makes while it is tried."""
 
 _T = TypeVar("_T")
 
-# A filter, not a list: what the forward computes decides.
+# A filter, not a list: the trial decides.
 _NAMED_NORM = re.compile(r"(?i:norm)|LN|RMS")
 
 Values = tuple[Any, ...]
-"""What a module holds under the names that its forward reads, as `describe` gives it."""
+"""The attributes that a forward reads from its module, each as `describe` returns it."""
 
 _UNINITIALIZED = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)
 _Kind = tuple[type, Values, tuple[type, ...]]
@@ -48,7 +48,7 @@ class Forward:
 
     Args:
         function: The forward itself.
-        stock: What runs its own code at all times.
+        stock: A copy that always runs its own code.
     """
 
     def __init__(self, function: types.FunctionType, stock: Callable[..., Any]) -> None:
@@ -61,10 +61,10 @@ class Forward:
         self._names: dict[type, tuple[str, ...]] = {}
         self._methods: dict[type, tuple[str, ...]] = {}
         self._found: dict[_Kind, dict[int, Form | NotANorm]] = {}
-        self._calls: Counter[_Kind] = Counter()  # of what raised
+        self._calls: Counter[_Kind] = Counter()  # of kinds whose trial raised
 
     def are_defaults(self, further: tuple[Any, ...], named: dict[str, Any]) -> bool:
-        """Return True if a call has nothing to say but its one tensor."""
+        """Return True if the arguments after the tensor are the defaults."""
         if not further and not named:
             return True
         return (
@@ -75,7 +75,7 @@ class Forward:
         )
 
     def names(self, cls: type) -> tuple[str, ...]:
-        """Return the names that it may read from an instance of `cls`."""
+        """Return the names of the attributes that it may read from an instance of `cls`."""
         found = self._names.get(cls)
         if found is None:
             names = set(reads(_own(cls), self.function)) if _reads_as_others(cls) else ()
@@ -91,11 +91,11 @@ class Forward:
         return found
 
     def form(self, cls: type, values: Values, rank: int) -> Form | str:
-        """Return what it computes of an input with `rank` dimensions, or why it is not recognised.
+        """Return its form for inputs with `rank` dimensions, or the reason why it has none.
 
         Args:
             cls: The class of the module.
-            values: What the module holds under `names(cls)`.
+            values: The attributes `names(cls)` of the module.
             rank: The number of dimensions of the input.
         """
         key = cls, values, tuple(map(type, values))  # 1 and True are equal
@@ -119,8 +119,8 @@ class Forward:
         return found
 
     def _is_time_to_retry(self, key: _Kind) -> bool:
-        # What raised may have done so for a reason of the moment, or may do so for ever: it is
-        # tried again at its second, fourth, eighth ... call.
+        # A trial may have raised for a reason of the moment, or may raise for ever: it is repeated
+        # at the second, fourth, eighth ... call.
         calls = self._calls[key] = self._calls[key] + 1
         return calls > 1 and not calls & (calls - 1)
 
@@ -138,7 +138,7 @@ class Forward:
 
 
 def candidate(cls: type) -> types.FunctionType | None:
-    """Return the forward of `cls` if it may be a norm that is written out."""
+    """Return the forward of `cls` if it may be a hand-written norm."""
     function = getattr(cls, "forward", None)
     if not is_named_norm(cls) or type(function) is not types.FunctionType:
         return None
@@ -146,7 +146,7 @@ def candidate(cls: type) -> types.FunctionType | None:
         return None  # a partialmethod makes one for each call
     if "__signature__" in vars(function) or inspect.iscoroutinefunction(function):
         return None
-    # PyTorch's own, and what it has decorated: a forward that compiles itself, for example.
+    # PyTorch's own, or decorated by PyTorch, like a forward that compiles itself.
     if str(function.__globals__.get("__name__")).startswith(("torch.", "lpln_autopatch.")):
         return None
     try:
@@ -165,7 +165,7 @@ def is_named_norm(cls: type) -> bool:
 
 
 def describe(value: object) -> Any:
-    """Return what tells `value` from other ones that a forward may read."""
+    """Return a constant that is equal for values that a forward cannot tell apart."""
     if isinstance(value, _UNINITIALIZED):
         return Opaque, type(value).__name__
     if isinstance(value, torch.Tensor):
@@ -182,7 +182,7 @@ def describe(value: object) -> Any:
 
 
 def _own(cls: type) -> type:
-    """Return the class that somebody wrote: parametrizations and FSDP make one for each module."""
+    """Return the class in the source: parametrizations and FSDP make one for each module."""
     return next((c for c in cls.__mro__ if not c.__module__.startswith("torch.")), cls)
 
 
@@ -215,7 +215,7 @@ def in_a_thread(function: Callable[[], _T]) -> _T:
     except RuntimeError as error:  # no more threads, or Python is about to end
         raise Failed(f"it could not be tried: {error}") from None
     thread.join(_LONGEST)
-    if thread.is_alive():  # it may wait for something that this thread holds, as a lock of imports
+    if thread.is_alive():  # it may wait for a lock that this thread holds, such as that of imports
         raise Failed(f"it takes more than {_LONGEST} s")
     if errors:
         raise errors[0]

@@ -1,4 +1,4 @@
-"""Compute a hand-written norm in the autocast dtype, as its form says."""
+"""Compute a hand-written norm in the autocast dtype."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lpln_autopatch._forward import Lowering, run_backend
+from lpln_autopatch._forward import run_backend
 from lpln_autopatch._hand_written.form import Form
+from lpln_autopatch._request import Request
 from lpln_autopatch._torch_compat import is_compiling, never_a_frame_of_its_own
 from lpln_autopatch.backends import native
 from lpln_autopatch.backends.protocol import Affine
 
 
 def normalise(
-    lowering: Lowering, module: torch.nn.Module, x: Tensor, form: Form, dtype: torch.dtype
+    request: Request, module: torch.nn.Module, x: Tensor, form: Form, dtype: torch.dtype
 ) -> Tensor:
-    """Normalise `x` as `form` says, in `dtype`.
+    """Normalise `x` by the formula of `form`, in `dtype`.
 
     Args:
-        lowering: How calls are lowered now.
+        request: The active request.
         module: Has the weight and the bias.
         x: Input, of the number of dimensions that the form is for; float32, float16 or bfloat16.
-        form: What the forward of the module computes.
+        form: The norm that the forward of the module computes.
         dtype: The autocast dtype.
 
     Returns:
@@ -40,11 +41,11 @@ def normalise(
     size = (rows.shape[-1],)
     operator = _operator(form.norm, size, weight, bias)
     if dtype is torch.float16:
-        # Not rounded first: residual streams as T5's hold values that float16 does not.
+        # x is not rounded first: a residual stream like T5's holds values that float16 does not.
         whole = operator or _OPERATORS[form.norm]
         y = native.lower_in_float32(whole, rows, size, weight, bias, form.eps, dtype)
     elif operator is None:
-        y = run_backend(lowering, form.norm, rows, size, weight, bias, form.eps, dtype)
+        y = run_backend(request, form.norm, rows, size, weight, bias, form.eps, dtype)
     else:
         y = native.lower(operator, rows, size, weight, bias, form.eps, dtype)
     if form.dim == 1:

@@ -28,18 +28,18 @@ from lpln_autopatch._hand_written.stand_in import (
 
 
 class Failed(NotANorm):
-    """It raised wherever it was tried. That may have a reason of the moment."""
+    """The forward raised in every trial, perhaps for a reason of the moment."""
 
 
 def recognise(cls: type, forward: Callable[..., Any], state: State) -> dict[int, Form | NotANorm]:
-    """Return what `forward` computes, or why it is no norm, by the number of input dimensions.
+    """Return the form of `forward`, or why it has none, for each number of input dimensions.
 
-    To be called in a thread of its own: there nobody has entered autocast or any mode.
+    To be called in a new thread, where neither autocast nor any mode is active.
 
     Args:
         cls: The class of the module.
         forward: Takes the module and one tensor.
-        state: What it may read from the module.
+        state: The attributes that it may read from the module.
 
     Raises:
         NotANorm: it is neither RMSNorm nor LayerNorm, whatever its input.
@@ -65,7 +65,7 @@ def _recognise(trials: _Trials) -> dict[int, Form | NotANorm]:
     for rank, dim in _RANKS:
         if isinstance(found.get(rank), Form):
             continue
-        # What it computes for another rank is only confirmed for this one.
+        # A form that is known for another rank need only be confirmed for this one.
         known = [f for f in found.values() if isinstance(f, Form) and f.dim == dim][:1]
         try:
             found[rank] = trials.form(rank, dim, known)
@@ -74,7 +74,7 @@ def _recognise(trials: _Trials) -> dict[int, Form | NotANorm]:
     return found
 
 
-# The numbers of dimensions with what is normalised; the likeliest first.
+# Pairs of a number of dimensions and the normalised one, the likeliest first.
 _RANKS = ((3, -1), (3, 1), (2, -1), (4, -1), (4, 1), (5, -1), (5, 1), (1, -1))
 _BATCHES = {1: (), 2: (9,), 3: (5, 2), 4: (3, 2, 2), 5: (3, 2, 1, 2)}
 _SCALES = (1.0, 0.0, 1e-4, 1e-2, 1e2, 1e6)  # of the first rows
@@ -88,12 +88,12 @@ class _Trials:
         self._generator = torch.Generator().manual_seed(0)
 
     def form(self, rank: int, dim: int, known: Sequence[Form]) -> Form:
-        """Return what it computes over `dim`, -1 or 1, of inputs of `rank` dimensions.
+        """Return the form over `dim`, -1 or 1, for inputs of `rank` dimensions.
 
         Args:
             rank: The number of dimensions.
-            dim: Which one is normalised.
-            known: What it computes for another rank.
+            dim: The normalised dimension.
+            known: The form for another rank, if there is one.
 
         Raises:
             NotANorm: no form agrees with each run.
@@ -110,7 +110,7 @@ class _Trials:
                     raise
                 continue  # a class may know its size, and refuse any other
             if dim == 1 and any(t.numel() not in (1, size) for t in tensors.values()):
-                raise NotANorm("its tensors are no scales of what is normalised")
+                raise NotANorm("its tensors are no scales of the normalised dimension")
             candidates = candidates or every_form(run, dim, self._size)
             if rank > 1 and (self._size or not strides):  # eps may depend on the size
                 candidates = [form._replace(eps=forms.eps_of(form, run)) for form in candidates]
@@ -119,7 +119,7 @@ class _Trials:
                 raise NotANorm("its values or gradients are not those of RMSNorm or LayerNorm")
             if not known:
                 self._check_specials(module, run, rank, candidates[0])
-            if scale == 1.0 and not known:  # float16 holds what comes out
+            if scale == 1.0 and not known:  # float16 holds the output
                 self._check_dtypes(module, run, candidates[0])
             with torch.no_grad():
                 for each in (module, twin):
@@ -204,7 +204,7 @@ class _Trials:
 
     @torch.no_grad()
     def _check_dtypes(self, module: StandIn, run: Run, form: Form) -> None:
-        """Check that it computes the same of a low-precision x, as far as it takes one."""
+        """Check that a low-precision x gives the same values, if the forward takes one."""
         for dtype in (torch.bfloat16, torch.float16):
             x = self._random(*run.x.shape).to(dtype)
             try:
@@ -234,7 +234,7 @@ class _Trials:
 
     @torch.no_grad()
     def _strides(self, module: StandIn, rank: int, dim: int, size: int) -> str:
-        """Return whose strides the output has, as `Form.strides` says."""
+        """Return the `strides` of the form."""
         x = self._input(rank, dim, size)
         if rank == 1:
             return "input"

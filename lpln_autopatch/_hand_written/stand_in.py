@@ -19,11 +19,11 @@ class Shape(tuple[int, ...]):
 
 
 class Opaque(str):
-    """The name of the type of something that is neither a tensor nor a plain value."""
+    """The name of the type of a value that is neither a tensor nor plain."""
 
 
 State = Mapping[str, object]
-"""What a forward may read from its module, by name: a `Shape`, an `Opaque`, or a plain value."""
+"""The attributes that a forward may read: each a `Shape`, an `Opaque`, or a plain value."""
 
 
 def sizes_in(state: State) -> list[int]:
@@ -65,7 +65,7 @@ def _resized(value: Any, size: int, new: int) -> Any:
 
 @contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
-    """Undo what a forward draws inside."""
+    """Restore the random generators of torch and Python at the end."""
     before, pythons = torch.get_rng_state(), random.getstate()
     try:
         yield
@@ -77,20 +77,20 @@ def generators_kept() -> Iterator[None]:
 
 
 class NotANorm(Exception):
-    """Why a forward is not recognised."""
+    """The reason why a forward is not recognised."""
 
 
 class _Stopped(BaseException):
-    """Ends a forward that does what no norm does: it must not catch this."""
+    """Ends a forward that behaves like no norm. Not an Exception, which it might catch."""
 
 
 class StandIn:
     """A module of class `cls` with this state, and with tensors of its own.
 
     Args:
-        cls: The class. Nothing of it runs but what the forward calls.
-        state: What the forward may read.
-        tensors: What it finds in the place of each `Shape`.
+        cls: The class. Only code that the forward calls is run.
+        state: The attributes that the forward may read.
+        tensors: A tensor for each `Shape` in the state.
         training: The mode.
     """
 
@@ -100,7 +100,7 @@ class StandIn:
         self._cls, self._state = cls, state
         self._why = ""
         self._module: Any = object.__new__(self._watched())
-        # Without what every module has besides: no norm looks into its dict of parameters.
+        # Without the attributes of every module: no norm looks into its dict of parameters.
         plain = {
             n: v for n, v in state.items() if v is not ... and not isinstance(v, (Shape, Opaque))
         }
@@ -109,11 +109,11 @@ class StandIn:
         object.__getattribute__(self._module, "__dict__").update(self._before)
 
     def run(self, forward: Any, x: Tensor) -> Any:
-        """Return what `forward` gives for `x`.
+        """Return the output of `forward` for `x`.
 
         Raises:
-            NotANorm: it reads what is not in the state, or stores something on the module.
-            Exception: what it raises.
+            NotANorm: it reads an attribute that is not in the state, or stores one.
+            Exception: the forward's own.
         """
         before = [t.detach().clone() for t in (x, *self._tensors)]  # `.data` counts no versions
         try:
@@ -135,7 +135,7 @@ class StandIn:
         raise _Stopped
 
     def _watched(self) -> type:
-        """Return a subclass that refuses what a norm does not do."""
+        """Return a subclass that stores no attributes, and reads only those of the state."""
         if any("__init_subclass__" in vars(c) for c in self._cls.__mro__ if not _is_neutral(c)):
             raise NotANorm("its class has __init_subclass__")
         if type(self._cls) not in (type, abc.ABCMeta):
@@ -156,7 +156,7 @@ class StandIn:
 
         methods = {"__getattribute__": read, "__getattr__": missing}
         methods |= {"__setattr__": write, "__delattr__": write}
-        # Not a name of a norm: it must not be taken for one.
+        # A name that is no norm's: the subclass must not be tried itself.
         watched: Any = type(self._cls)("_StandIn", (self._cls,), methods)
         made: type = watched
         return made
