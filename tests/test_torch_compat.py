@@ -69,15 +69,15 @@ def is_private(part: str) -> bool:
 
 
 def dotted(node: ast.expr) -> str:
-    """The source of a chain of attributes; "?" stands for what is no name."""
+    """Return the source of a chain of attributes, with "?" for a part that is no name."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else "?"
 
 
 def defined_here() -> set[str]:
-    """Every name that the package gives a function, class, argument, variable or attribute."""
-    names = set()
+    """Return the names of the package's modules, functions, classes, arguments and variables."""
+    names = {part for path in SOURCES for part in path.relative_to(PACKAGE).with_suffix("").parts}
     for node in (node for tree in TREES for node in ast.walk(tree)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
