@@ -52,6 +52,7 @@ def enable(
     Raises:
         ValueError: precision, backend or norms is not a valid name; nothing has changed.
         ImportError: the backend cannot be used here; nothing has changed.
+        RuntimeError: another patcher hides a function of PyTorch; nothing has changed.
     """
     return Enabled(enable_from(precision, backend, norms, "enable"))
 

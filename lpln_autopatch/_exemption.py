@@ -157,15 +157,18 @@ def mark_class(cls: type[nn.Module], exempt: bool) -> None:
         return
     _dynamo.note_switch()
     if exempt:
-        cls.__call__ = _exempting(cls.__call__)  # type: ignore[method-assign]
+        own, call = vars(cls).get("__call__"), _exempting(cls.__call__)
+        vars(call)["_own"] = own
+        cls.__call__ = call  # type: ignore[method-assign]
         _classes += (cls,)
     else:
         _classes = tuple(each for each in _classes if each is not cls)
         ours: Any = vars(cls).get("__call__")
         if getattr(ours, "__globals__", None) is globals():  # or another patcher's is above
-            del cls.__call__
-            if cls.__call__ is not ours.__wrapped__:  # it had one of its own
-                cls.__call__ = ours.__wrapped__  # type: ignore[method-assign]
+            if ours._own is None:
+                del cls.__call__
+            else:
+                cls.__call__ = ours._own  # type: ignore[method-assign]
     _follow()
 
 

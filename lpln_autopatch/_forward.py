@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -150,12 +152,21 @@ def _warn_once(message: str, what: str, compiling: bool) -> None:
         return
     _warned.add(what)
     try:
-        warnings.warn(message, NoEffectWarning, stacklevel=3)
+        warnings.warn(message, NoEffectWarning, stacklevel=_stacklevel_of_caller())
     except NoEffectWarning:  # where warnings are errors
         if not compiling:
             raise
         # Dynamo would report an internal error of its own.
         _logger.warning(message)
+
+
+def _stacklevel_of_caller() -> int:
+    """Return the stacklevel, for the function that warns, of code outside of torch and of us."""
+    ours = torch.__path__[0] + os.sep, os.path.dirname(__file__) + os.sep
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 for _function in (decide, decide_and_count, run_backend):

@@ -157,10 +157,13 @@ def _ignores_our_route(words: Sequence[str]) -> bool:
     """Return True if the command is a Python that ignores PYTHONPATH or sitecustomize."""
     if not re.match(r"python[\d.]*(\.exe)?$", Path(words[0]).name):
         return False
-    for word in words[1:]:
-        if not word.startswith("-") or word.startswith(("-m", "-c", "--")):
+    options = iter(words[1:])
+    for option in options:
+        if not option.startswith("-") or option.startswith(("-m", "-c", "--")):
             return False
-        if not word.startswith(("-W", "-X")) and set(word) & set("IES"):
+        if option in ("-W", "-X"):
+            next(options, None)  # the value of the option
+        elif not option.startswith(("-W", "-X")) and set(option) & set("IES"):
             return True
     return False
 
@@ -168,7 +171,7 @@ def _ignores_our_route(words: Sequence[str]) -> bool:
 def _torch_loads_entry_points(environment: dict[str, str]) -> bool:
     import importlib_metadata
 
-    if environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+    if environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "1":
         return False
     version = importlib_metadata.version("torch")
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= (2, 5)

@@ -141,7 +141,8 @@ class Recorder:
         dtype, why = decision
         given, got = getattr(x, "dtype", None), getattr(y, "dtype", None)
         lowered, reason = got is not None and got == dtype, by
-        if not lowered and given is torch.float32 and got == autocast_dtype(x.device.type):
+        by_others = given is torch.float32 and got == (autocast_dtype(x.device.type) or "stock")
+        if not lowered and by_others:
             # PyTorch's own norms return float32 for float32, so that another patcher has lowered
             # it; or surgery has, inside a function mode, where no decision is recorded.
             lowered, reason = True, by or "another patcher"

@@ -9,10 +9,11 @@ import contextlib
 import functools
 import os
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from lpln_autopatch import _lock
 
 if TYPE_CHECKING:
     from lpln_autopatch._patch import Patches
@@ -31,27 +32,20 @@ recorder: Mapping[str, Callable[..., Any]] | None = None
 """The functions that run in the place of each norm while `report` records."""
 _made: Patches | None = None  # by `_patches`
 
-# Nothing is imported, compiled or told to the user while it is held. Reentrant, because the garbage
-# collector may close a scope in the middle of a change.
-_lock = threading.RLock()
-
 
 def _after_fork() -> None:
-    global _lock
-    _lock = threading.RLock()
+    # Another thread may have been in the middle of a change.
     if _made is not None:
         _follow(_made)
 
 
-# A child that is forked while another thread holds the lock would wait for that thread forever, and
-# would have half of its change.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
 def current() -> Request | None:
     """Return the innermost open block's request, or `enable()`'s if no block is open."""
-    with _lock:
+    with _lock.lock:
         try:
             return next(reversed(_scopes.values()), _base)
         except RuntimeError:  # the garbage collector closed a scope between two steps
@@ -154,7 +148,7 @@ def recording(calls: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     patches, before = _patches(), recorder
     for norm in FUNCTIONS:
         # A function that cannot be found is not lowered.
-        with _lock, contextlib.suppress(RuntimeError):
+        with _lock.lock, contextlib.suppress(RuntimeError):
             patches.prepare([norm])
     end = functools.partial(record, before)
     try:
@@ -171,7 +165,7 @@ def recording(calls: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
 def is_installed() -> bool:
     """Return True if PyTorch's functions of norms run our code."""
     patches = _patches()
-    with _lock:
+    with _lock.lock:
         return bool(patches.exchanged())
 
 
@@ -187,7 +181,7 @@ def _patches() -> Patches:
 
     made = Patches(_checkpointing.replacements(_request_of_this_thread, _recomputation))
     _dynamo.connect(_tell_dynamo, _renew)
-    with _lock:
+    with _lock.lock:
         _made = _made or made
     return _made
 
@@ -195,14 +189,14 @@ def _patches() -> Patches:
 def _tell_dynamo() -> None:
     if _made is None:
         return
-    with _lock:
+    with _lock.lock:
         _made.tell_dynamo()
     if is_installed():
         _made.settle(stacklevel=2)
 
 
 def _renew() -> None:
-    with _lock:
+    with _lock.lock:
         if _made is not None:
             _made.renew()
 
@@ -213,7 +207,7 @@ def _change(record: Callable[[], Any], request: Request | None = None, warn: boo
     Every step that can fail comes before the recording: a refused request changes nothing.
     """
     patches = _patches()
-    with _lock:
+    with _lock.lock:
         if request is not None and request.precision.ever_engages:
             patches.prepare(request.norms.split(","))
         try:

@@ -55,7 +55,7 @@ class LPLayerNorm(torch.nn.LayerNorm):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        _give(self, _parse(precision, backend))
+        self._request = _parse(precision, backend)
 
     def forward(self, input: Tensor) -> Tensor:
         request = getattr(self, "_request", None)
@@ -79,13 +79,19 @@ class LPLayerNorm(torch.nn.LayerNorm):
     # TorchScript compiles the source of PyTorch's forward in place of ours.
     forward.__wrapped__ = inspect.unwrap(torch.nn.LayerNorm.forward)  # type: ignore[attr-defined]
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Only names: the backend itself may be missing where the pickle is loaded.
-        return {name: value for name, value in vars(self).items() if name != "_request"}
+    def __getstate__(self) -> tuple[tuple[str, str], Any]:
+        # The names in the request, and no backend: it may be missing where this is loaded.
+        request, above = self._request, super()
+        # until Python 3.11: object has no __getstate__
+        state = above.__getstate__() if hasattr(above, "__getstate__") else vars(self)
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name != "_request"}
+        return (str(request.precision), request.backend), state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._request = Request.again(*state["_asked"])
+    def __setstate__(self, state: tuple[tuple[str, str], Any]) -> None:
+        names, others = state
+        super().__setstate__(others)  # type: ignore[no-untyped-call]
+        self._request = Request.again(*names)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
@@ -133,6 +139,9 @@ def apply_low_precision_layernorm(
     request = _parse(precision, backend)
     if not request.precision.ever_engages:
         revert_low_precision_layernorm(model)
+        for norm in model.modules():
+            if isinstance(norm, LPLayerNorm):  # of a class that a user has derived from it
+                norm._request = request
         return {}
     norms = [module for module in model.modules() if runs_torchs_forward(module)]
     # Make all classes before a module changes: a class may refuse to be subclassed.
@@ -142,7 +151,7 @@ def apply_low_precision_layernorm(
     changed: dict[str, torch.nn.LayerNorm]
     changed = {name: m for name, m in model.named_modules() if isinstance(m, LPLayerNorm)}
     for norm in changed.values():
-        _give(norm, request)
+        vars(norm)["_request"] = request
     if not changed:
         warnings.warn(
             f"No LayerNorm that runs torch.nn.LayerNorm.forward was found in {type(model)}: "
@@ -171,15 +180,9 @@ def revert_low_precision_layernorm(model: torch.nn.Module) -> dict[str, torch.nn
         original = _original_class(type(module))
         if original is not None:
             module.__class__ = original
-            del module._request, module._asked
+            del module._request
             changed[name] = cast(torch.nn.LayerNorm, module)
     return changed
-
-
-def _give(norm: torch.nn.LayerNorm, request: Request) -> None:
-    """Have `norm` lower its calls as `request` says."""
-    asked = str(request.precision), request.backend
-    vars(norm).update(_request=request, _asked=asked)
 
 
 def _parse(precision: object, backend: str) -> Request:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 
@@ -157,3 +158,115 @@ def test_layers_of_a_kind_share_a_graph():
         with by_hand():
             assert run(layer, x).dtype is BF16
     assert len(graphs) == 2
+
+
+def test_trial_that_takes_too_long_rewinds_no_generator(monkeypatch):
+    """A trial that was given up leaves the numbers alone that the program has drawn since."""
+    monkeypatch.setattr(kinds, "_TRIAL_SECONDS", 0.2)
+    go_on, gone_on = threading.Event(), threading.Event()
+
+    class WaitingRMSNorm(Norm):
+        def forward(self, x):
+            if threading.current_thread() is not threading.main_thread():
+                go_on.wait(10)
+                torch.rand(1)
+                gone_on.set()
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+    with by_hand():
+        assert run(WaitingRMSNorm(), torch.randn(4, 8)).dtype is FP32
+    first = torch.rand(3)
+    trial = next(thread for thread in threading.enumerate() if thread.name == "lpln_autopatch")
+    go_on.set()
+    assert gone_on.wait(10)
+    trial.join(10)
+    assert not torch.equal(torch.rand(3), first)
+
+
+def test_forward_that_draws_leaves_the_generators_alone():
+    """Dropout inside of a norm is refused, and draws no number of the program's."""
+
+    class DroppingRMSNorm(Norm):
+        def forward(self, x):
+            y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+            return nn.functional.dropout(y, 0.5, self.training) + random.random()
+
+    module, x = DroppingRMSNorm(), torch.randn(4, 8)
+    before, pythons = torch.get_rng_state(), random.getstate()
+    with by_hand():
+        reason = report_of(module.eval(), x).rows[0].reason
+    assert "not recognised" in reason
+    assert torch.equal(torch.get_rng_state(), before)
+    random.setstate(pythons)
+    expected = random.random()
+    random.setstate(pythons)
+    with by_hand():
+        module(x)
+    assert random.random() != expected  # the call has drawn one number, and no trial another
+    random.setstate(pythons)
+    random.random()
+    second = random.random()
+    random.setstate(pythons)
+    with by_hand():
+        module(x)
+    assert random.random() == second
+
+
+def test_lists_and_tuples_are_told_apart():
+    """A forward that asks for the type of a sequence is tried with that type."""
+
+    class ShapeRMSNorm(Norm):
+        def __init__(self, shape):
+            super().__init__()
+            self.shape = shape
+
+        def forward(self, x):
+            y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+            return 2 * y if isinstance(self.shape, list) else y
+
+    x = torch.randn(4, 8)
+    with by_hand():
+        assert run(ShapeRMSNorm((8,)), x).dtype is BF16
+        of_list = ShapeRMSNorm([8])
+        torch.testing.assert_close(run(of_list, x).float(), of_list(x), rtol=0.01, atol=0.01)
+        assert run(ShapeRMSNorm(torch.Size([8])), x).dtype is BF16
+
+
+def test_forward_that_changes_a_list_is_refused():
+    """A norm stores nothing, not in a list of its module either."""
+
+    class CountingRMSNorm(Norm):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def forward(self, x):
+            if len(self.seen) < 100:
+                self.seen.append(1)
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+    with by_hand():
+        assert (
+            "it changes its module"
+            in report_of(CountingRMSNorm(), torch.randn(4, 8)).rows[0].reason
+        )
+
+
+@needs_dynamo
+def test_compiled_module_with_a_list_is_lowered():
+    """Dynamo takes the description of a list as a constant."""
+
+    class ListRMSNorm(Norm):
+        def __init__(self):
+            super().__init__()
+            self.shape = [8]
+
+        def forward(self, x):
+            y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+            return y.reshape(*x.shape[:-1], *self.shape)
+
+    module, x = ListRMSNorm(), torch.randn(4, 8)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    with by_hand(), autocast():
+        assert module(x).dtype is BF16
+        assert compiled(x).dtype is BF16

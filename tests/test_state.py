@@ -23,6 +23,7 @@ from lpln_autopatch import (
     _activation,
     _dynamo,
     _exchange,
+    _lock,
     _norms,
     _patch,
     _state,
@@ -125,8 +126,8 @@ def lock_is_free() -> bool:
     taken: list[bool] = []
 
     def take() -> None:
-        taken.append(_state._lock.acquire(timeout=10))
-        _state._lock.release()
+        taken.append(_lock.lock.acquire(timeout=10))
+        _lock.lock.release()
 
     thread = threading.Thread(target=take)
     thread.start()
@@ -371,12 +372,11 @@ def test_threads_that_activate_first_share_one_patch():
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_child_forked_while_the_lock_is_held_can_enable(layer_norm):
     """A child does not wait for a lock whose holder does not exist in it."""
-    from lpln_autopatch import _state
 
     taken, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with _state._lock:
+        with _lock.lock:
             taken.set()
             release.wait(30)
 

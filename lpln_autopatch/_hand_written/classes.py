@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import functools
-import os
-import threading
 import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from lpln_autopatch import _lock
 from lpln_autopatch._exchange import Exchange
 from lpln_autopatch._hand_written import forwards, kinds
-
-# Classes are made in several threads at once.
-_lock = threading.RLock()
-
-
-def _after_fork() -> None:
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Classes:
@@ -61,13 +48,16 @@ class Classes:
         function = kinds.candidate(cls)
         if function is None:
             return
-        with _lock:
+        with _lock.lock:  # classes are made in several threads at once
             exchange = self._exchanges.get(function)
             if exchange is None:
                 name = f"_lpln_autopatch_forward_{len(self._exchanges)}"
                 replace = functools.partial(forwards.replacement, function)
                 exchange = Exchange(lambda: function, name, replace)
-                exchange.prepare()
+                try:
+                    exchange.prepare()
+                except RuntimeError:  # exchanged by another copy of this package
+                    return
                 self._exchanges[function] = exchange
             if exchange.runs is not exchange.replacement:
                 exchange.run(exchange.replacement)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import threading
+import time
 import types
 from collections import Counter
 from collections.abc import Callable
@@ -18,8 +19,9 @@ import torch
 from lpln_autopatch import _exemption
 from lpln_autopatch._hand_written.bytecode import asks_for_class, methods_called, reads
 from lpln_autopatch._hand_written.form import Form
-from lpln_autopatch._hand_written.recognition import Failed, recognise
+from lpln_autopatch._hand_written.recognition import recognise
 from lpln_autopatch._hand_written.stand_in import NotANorm, Opaque, Shape
+from lpln_autopatch._hand_written.trials import Failed
 from lpln_autopatch._torch_compat import (
     DYNAMO_TELLS_FLOATS,
     is_dynamo_compiling,
@@ -39,7 +41,8 @@ Values = tuple[Any, ...]
 
 _UNINITIALIZED = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)
 _Kind = tuple[type, Values, tuple[type, ...]]
-_LONGEST = 3  # seconds of a trial, which takes milliseconds
+_SEQUENCES = (tuple, list, torch.Size)
+_TRIAL_SECONDS = 3  # it takes milliseconds
 _MOST_KINDS = 256  # of one forward
 
 
@@ -134,7 +137,7 @@ class Forward:
         if asks_for_class(_own(cls), self.function):
             raise NotANorm("it asks for its class")
         state = {n: _revived(v) for n, v in zip(self.names(cls), values, strict=True)}
-        return recognise(_own(cls), self.stock, state)
+        return recognise(_own(cls), self.stock, state, time.monotonic() + _TRIAL_SECONDS)
 
 
 def candidate(cls: type) -> types.FunctionType | None:
@@ -175,9 +178,9 @@ def describe(value: object) -> Any:
         return torch.fx.experimental.symbolic_shapes.guard_scalar(value)
     if value is None or value is ... or type(value) in (bool, int, float, str, torch.dtype):
         return value
-    is_plain = type(value) in (tuple, list, torch.Size)
-    if is_plain and isinstance(value, (tuple, list)) and len(value) <= 8:
-        return tuple([describe(each) for each in value])
+    kind = type(value)
+    if kind in _SEQUENCES and isinstance(value, (tuple, list)) and len(value) <= 8:
+        return kind, tuple([describe(each) for each in value])
     return Opaque, type(value).__name__
 
 
@@ -193,9 +196,10 @@ def _reads_as_others(cls: type) -> bool:
 
 
 def _revived(value: Any) -> Any:
-    if isinstance(value, tuple) and value and value[0] in (Shape, Opaque):
-        return value[0](value[1])
-    return value
+    if not isinstance(value, tuple):
+        return value
+    kind, content = value
+    return kind(map(_revived, content)) if kind in _SEQUENCES else kind(content)
 
 
 def in_a_thread(function: Callable[[], _T]) -> _T:
@@ -214,9 +218,9 @@ def in_a_thread(function: Callable[[], _T]) -> _T:
         thread.start()
     except RuntimeError as error:  # no more threads, or Python is about to end
         raise Failed(f"it could not be tried: {error}") from None
-    thread.join(_LONGEST)
-    if thread.is_alive():  # it may wait for a lock that this thread holds, such as that of imports
-        raise Failed(f"it takes more than {_LONGEST} s")
+    thread.join(_TRIAL_SECONDS)
+    if thread.is_alive():  # it may wait for a lock that this thread holds, such as the import lock
+        raise Failed(f"it takes more than {_TRIAL_SECONDS} s")
     if errors:
         raise errors[0]
     return results[0]

@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import math
 import random
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,7 +35,7 @@ def sizes_in(state: State) -> list[int]:
         return list(sizes) if len(sizes) == 1 else []
     found = [0]
     for value in state.values():
-        last = value[-1] if isinstance(value, tuple) and value else value
+        last = value[-1] if isinstance(value, (tuple, list)) and value else value
         if isinstance(last, float) and 1e-3 < last < 1e3:
             last = next((round(n) for n in (last**2, last**-2) if _is_close(n, round(n))), 0)
         if type(last) is int and 1 < last <= 2**16 and last not in found:
@@ -52,7 +53,7 @@ def resized(state: State, size: int, new: int) -> State:
 
 
 def _resized(value: Any, size: int, new: int) -> Any:
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         last = max((i for i, n in enumerate(value) if type(n) is int and n == size), default=None)
         return type(value)(new if i == last else n for i, n in enumerate(value))
     if type(value) is int and value == size:
@@ -64,16 +65,18 @@ def _resized(value: Any, size: int, new: int) -> Any:
 
 
 @contextlib.contextmanager
-def generators_kept() -> Iterator[None]:
-    """Restore the random generators of torch and Python at the end."""
+def _generators_kept(deadline: float) -> Iterator[None]:
+    """Restore the random generators of torch and Python at the end, unless that is too late."""
     before, pythons = torch.get_rng_state(), random.getstate()
     try:
         yield
     finally:
-        if not torch.equal(before, torch.get_rng_state()):
-            torch.set_rng_state(before)
-        if random.getstate() != pythons:
-            random.setstate(pythons)
+        # After the deadline the program has gone on, and has drawn numbers of its own.
+        if time.monotonic() < deadline:
+            if not torch.equal(before, torch.get_rng_state()):
+                torch.set_rng_state(before)
+            if random.getstate() != pythons:
+                random.setstate(pythons)
 
 
 class NotANorm(Exception):
@@ -92,17 +95,25 @@ class StandIn:
         state: The attributes that the forward may read.
         tensors: A tensor for each `Shape` in the state.
         training: The mode.
+        deadline: The time of `time.monotonic` at which nobody waits for a run any more.
     """
 
     def __init__(
-        self, cls: type, state: State, tensors: Mapping[str, Tensor], training: bool
+        self,
+        cls: type,
+        state: State,
+        tensors: Mapping[str, Tensor],
+        training: bool,
+        deadline: float,
     ) -> None:
-        self._cls, self._state = cls, state
+        self._cls, self._state, self._deadline = cls, state, deadline
         self._why = ""
         self._module: Any = object.__new__(self._watched())
         # Without the attributes of every module: no norm looks into its dict of parameters.
         plain = {
-            n: v for n, v in state.items() if v is not ... and not isinstance(v, (Shape, Opaque))
+            name: list(value) if isinstance(value, list) else value
+            for name, value in state.items()
+            if value is not ... and not isinstance(value, (Shape, Opaque))
         }
         self._before = {"training": training, **tensors, **plain}
         self._tensors = list(tensors.values())
@@ -117,14 +128,16 @@ class StandIn:
         """
         before = [t.detach().clone() for t in (x, *self._tensors)]  # `.data` counts no versions
         try:
-            y = forward(self._module, x)
+            with _generators_kept(self._deadline):
+                y = forward(self._module, x)
         except _Stopped:
             raise NotANorm(self._why) from None
         if self._why:
             raise NotANorm(self._why)
         found = object.__getattribute__(self._module, "__dict__")
         same = found.keys() == self._before.keys() and all(
-            found[name] is value for name, value in self._before.items()
+            found[name] is value and not (isinstance(value, list) and value != self._state[name])
+            for name, value in self._before.items()
         )
         if not same or not all(map(_are_equal, before, (x, *self._tensors))):
             raise NotANorm("it changes its module or its input")
@@ -142,6 +155,8 @@ class StandIn:
             raise NotANorm("its class has a metaclass")
 
         def read(module: Any, name: str) -> Any:
+            if time.monotonic() > self._deadline:
+                self._stop("nobody waits for its trial any more")
             if isinstance(self._state.get(name), Opaque):
                 self._stop(f"it reads its {name}, a {self._state[name]}")
             if not (name in self._state or name == "training" or self._is_code(name)):
