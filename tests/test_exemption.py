@@ -418,6 +418,15 @@ def test_instances_of_an_exempt_class_are_stock(lowered, exempt_class, mode, cls
     assert ("__call__" in vars(cls)) == (cls is WithACallOfItsOwn)
 
 
+def test_classes_may_be_unmarked_in_any_order():
+    """The mark of a base that ends before that of a subclass leaves nothing on either."""
+    for cls in (InFloat32, Derived):
+        lpln.exempt(cls)
+    for cls in (InFloat32, Derived):
+        lpln.exempt(cls, False)
+    assert "__call__" not in {**vars(InFloat32), **vars(Derived)}
+
+
 @modes
 def test_exempt_class_of_torchs(lowered, exempt_class, mode):
     """LayerNorm itself, its forward called by itself, surgery and TorchScript."""

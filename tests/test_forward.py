@@ -446,3 +446,11 @@ def test_make_fx_traces_the_lowered_call(layer_norm, lowered):
         expected = layer_norm(x)
     assert torch.equal(graph(x), expected)
     assert expected.dtype is BF16
+
+
+def test_warning_names_the_line_of_the_program(layer_norm):
+    """The warning that a precision does not engage points at the call, outside of torch and us."""
+    lpln.enable("amp_fp16")
+    with autocast(torch.bfloat16), pytest.warns(lpln.NoEffectWarning) as caught:
+        layer_norm(torch.randn(4, 8))
+    assert [warning.filename for warning in caught] == [__file__]

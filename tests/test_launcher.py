@@ -198,3 +198,26 @@ def test_help_lists_every_option(capsys):
         for name in ("precision", "backend", "norms", "exempt", "summary"):
             assert f"--{name}" in shown
             assert f"LPLN_{name.upper()}" in shown
+
+
+@pytest.mark.parametrize("value", ["0", "false", ""])
+def test_value_that_torch_takes_for_no_is_one(program, value):
+    """torch loads entry points only where its variable is 1: the launcher opens its own route."""
+    result = lpln_run(program, TORCH_DEVICE_BACKEND_AUTOLOAD=value)
+    assert (result.returncode, result.stdout) == (7, "torch.bfloat16\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "ignores"),
+    [
+        ("python -X dev -E x.py", True),
+        ("python3.11 -W ignore -I x.py", True),
+        ("python -Wignore -BS x.py", True),
+        ("python -X dev x.py -E", False),
+        ("python -m module -I", False),
+        ("torchrun -I", False),
+    ],
+)
+def test_python_that_ignores_the_route_is_recognised(words, ignores):
+    """`-I`, `-E` and `-S` count before the program, also behind an option with a value."""
+    assert _launcher._ignores_our_route(words.split()) is ignores

@@ -268,3 +268,14 @@ def test_report_inside_a_report_hides_no_call():
     inner = []
     outer = report(Reports(), torch.randn(4, 8))
     assert (outer.calls, inner[0].calls) == (1, 1)
+
+
+def test_norm_that_returns_no_tensor_is_stock():
+    """A module that is a norm by its name and returns a dict is not lowered, by nobody."""
+
+    class DictNorm(torch.nn.Module):
+        def forward(self, x):
+            return {"y": x}
+
+    (row,) = report(torch.nn.Sequential(DictNorm()), torch.randn(4, 8)).rows
+    assert not row.lowered

@@ -370,9 +370,10 @@ def test_threads_that_activate_first_share_one_patch():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork; Linux CI has it")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_child_forked_while_the_lock_is_held_can_enable(layer_norm):
+@pytest.mark.parametrize("norms", ["layer_norm", "all"])
+def test_child_forked_while_the_lock_is_held_can_enable(layer_norm, norms):
     """A child does not wait for a lock whose holder does not exist in it."""
-
+    lpln.enable("bf16", norms=norms)
     taken, release = threading.Event(), threading.Event()
 
     def hold() -> None:

@@ -6,6 +6,7 @@ import gc
 import io
 import pickle
 import textwrap
+import threading
 import warnings
 import weakref
 
@@ -25,6 +26,17 @@ from lpln_autopatch import (
 from lpln_autopatch._torch_compat import TORCH_VERSION
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class WithALock(torch.nn.LayerNorm):
+    """A subclass that holds an object that cannot be pickled, and leaves it out."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {**vars(self), "lock": None}
 
 
 class Inherits(nn.LayerNorm):
@@ -236,6 +248,33 @@ def test_subclass_of_lplayernorm_keeps_its_class():
     assert norm._request.precision == "amp_bf16"
     assert revert_low_precision_layernorm(norm) == {}
     assert output_dtype(norm) is BF16
+
+
+def test_subclass_of_lplayernorm_follows_a_precision_that_never_engages():
+    """`fp32` leaves an instance of a user's class stock, and the next precision lowers it again."""
+
+    class Mine(LPLayerNorm):
+        pass
+
+    norm = Mine(8)
+    with pytest.warns(lpln.NoEffectWarning):
+        assert apply_low_precision_layernorm(norm, "fp32") == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert output_dtype(norm) is FP32
+    apply_low_precision_layernorm(norm)
+    assert output_dtype(norm) is BF16
+
+
+def test_state_that_a_class_hides_stays_hidden():
+    """A subclass whose __getstate__ leaves a lock out is copied and pickled as before surgery."""
+    norm = WithALock(8)
+    apply_low_precision_layernorm(norm)
+    for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        assert output_dtype(other) is BF16
+        assert other.lock is None
+        revert_low_precision_layernorm(other)
+        assert type(other) is WithALock
 
 
 def test_class_on_its_own_is_lowered():
