@@ -123,7 +123,7 @@ class low_precision_layernorm(contextlib.ContextDecorator):
             )
         self._request = Request.parse(precision, backend, norms, "block")
         # Threads and tasks of asyncio may share one instance. Each must close its own scope:
-        # another block's may lie between the scopes of two.
+        # another block may be open between those of two.
         self._entered: list[tuple[object, _state.Scope]] = []
 
     def __call__(self, function: _F) -> _F:

@@ -54,7 +54,7 @@ def set_rule(function: types.FunctionType, replacement: str, exchanged: bool) ->
     if not DYNAMO_TRACES_NORMS or not hasattr(trace_rules, "get_torch_obj_rule_map"):
         return
     if not (function.__module__ or "").startswith("torch."):
-        return  # it traces those of others in any case
+        return  # Dynamo always traces functions outside of torch
     name = f"{function.__module__}.{function.__qualname__}"
     by_function = trace_rules.get_torch_obj_rule_map
     if not _stock_rules and not GRAPHS_GUARD_ON_CODE and by_function.cache_info().currsize:

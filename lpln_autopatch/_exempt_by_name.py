@@ -25,9 +25,8 @@ _logger = logging.getLogger("lpln_autopatch")
 class ByName:
     """Mark a module when it becomes part of another, if its name ends with one of `patterns`.
 
-    A name is known as soon as a module is registered in another, in whatever order a model is put
-    together: its own in its parent, that one's in the next, and so on. The end of the name is
-    matched, because nothing says which module is the outermost.
+    The name of a module grows from the inside out: first its name in its parent, then the parent's
+    in the next one. So its end is matched: nothing tells which module is the outermost.
 
     Args:
         patterns: Ends of names, as `named_modules` has them, with commas between them. In each

@@ -32,11 +32,11 @@ BY_NAME = "LPLN_EXEMPT"
 """The mark of a module that is exempt by its name: modules that are added to it inherit it."""
 
 KEPT = "_lpln_autopatch_not_by_name"
-"""The attribute of a module that lost such a mark by a call: LPLN_EXEMPT does not mark it again."""
+"""Set on a module whose LPLN_EXEMPT mark `exempt(module, False)` has removed: it stays off."""
 
-# Counts the changes that Dynamo does not guard on: a module's hooks, and a switch of another thread
-# while it compiles the forward of a class. A string, because Dynamo may make a symbol of an integer
-# that changes.
+# Counts the changes that Dynamo does not guard on: of a module's hooks, and a switch in one thread
+# while another compiles the forward of a class. A string, because Dynamo may make a symbol of an
+# integer that changes.
 changes = "0"
 _has_hooked = False  # True once `mark` has given hooks to a module that may call a norm itself.
 is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
@@ -53,7 +53,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
-        self.inside: list[nn.Module] = []  # the exempt ones whose hooks gave a reason
+        self.inside: list[nn.Module] = []  # the exempt modules that this thread is inside
 
 
 _thread = _Thread()
@@ -64,7 +64,7 @@ def why_stock() -> str | None:
     return _thread.reasons[-1] if _thread.reasons else None
 
 
-def is_exempt_now() -> bool:
+def is_inside_exempt_module() -> bool:
     """Return True if this thread is inside an exempt module."""
     return EXEMPT in _thread.reasons
 
@@ -78,7 +78,7 @@ def run_stock(reason: str, function: Callable[..., Any], *args: Any, **kwargs: A
         _thread.reasons.pop()
 
 
-def is_marked(module: torch.nn.Module) -> bool:
+def is_exempt(module: torch.nn.Module) -> bool:
     """Return True if `module` is exempt.
 
     Dynamo guards on `hasattr`, and not on the absence (torch 2.13) or the presence (2.5 to 2.11) of
@@ -115,7 +115,7 @@ def mark(module: nn.Module, exempt: bool | str) -> None:
         if HOOKS_RUN_ALWAYS and (calls_a_norm or later):
             submodule.register_forward_pre_hook(_enter, prepend=True)
             submodule.register_forward_hook(_leave, always_call=True)
-    _follow()
+    _outdate_compiled_code()
 
 
 def outdate() -> None:
@@ -124,8 +124,8 @@ def outdate() -> None:
     changes = str(int(changes) + 1)
 
 
-def _follow() -> None:
-    """Have compiled code follow a change."""
+def _outdate_compiled_code() -> None:
+    """Have compiled code follow a change of marks."""
     outdate()
     _dynamo.note_switch()
     drop_compiled_code_that_cannot_follow()
@@ -169,7 +169,7 @@ def mark_class(cls: type[nn.Module], exempt: bool) -> None:
                 del cls.__call__
             else:
                 cls.__call__ = ours._own  # type: ignore[method-assign]
-    _follow()
+    _outdate_compiled_code()
 
 
 def _exempting(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -218,5 +218,5 @@ def _has_fast_path(module: nn.Module) -> bool:
     return isinstance(module, nn.TransformerEncoderLayer)
 
 
-for _function in (guard_on_changes, is_marked, why_stock, run_stock, _enter, _leave, _end_of):
+for _function in (guard_on_changes, is_exempt, why_stock, run_stock, _enter, _leave, _end_of):
     never_a_frame_of_its_own(_function)

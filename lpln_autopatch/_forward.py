@@ -30,6 +30,9 @@ from lpln_autopatch.backends.gradients import DTYPES
 INTERCEPTED = "__torch_function__"
 """The reason for a call that PyTorch's own function hands to a mode or to the tensor's class."""
 
+NO_AUTOCAST = "no autocast"
+"""The reason for a call outside of autocast."""
+
 Decision: TypeAlias = tuple[torch.dtype | None, str]
 """The dtype to which a call is lowered, or None and the reason why it is stock."""
 
@@ -69,13 +72,13 @@ def decide(request: Request, norm: str, x: object, weight: Tensor | None) -> Dec
         return None, INTERCEPTED
     dtype = autocast_dtype(x.device.type)
     if dtype is None:
-        return None, "no autocast"
+        return None, NO_AUTOCAST
     if x.dtype not in DTYPES and native.is_left_alone(x):
         return None, str(x.dtype).removeprefix("torch.")
     if weight is not None and weight.dtype not in DTYPES and native.is_left_alone(weight):
         return None, f"{weight.dtype} weight".removeprefix("torch.")
     if norm not in request.norms:
-        return None, "not among the norms"
+        return None, f"not among the norms: norms='{norm}' lowers it"
     reason = _exemption.why_stock()
     if reason is not None:
         return None, reason

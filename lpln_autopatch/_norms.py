@@ -17,7 +17,7 @@ from torch.nn.modules import normalization
 
 from lpln_autopatch import _forward
 from lpln_autopatch._exchange import is_torchs_own
-from lpln_autopatch._exemption import EXEMPT, is_marked, run_stock
+from lpln_autopatch._exemption import EXEMPT, is_exempt, run_stock
 from lpln_autopatch._forward import decide_and_count, run_backend
 from lpln_autopatch._torch_compat import (
     HAS_RMS_NORM,
@@ -26,20 +26,20 @@ from lpln_autopatch._torch_compat import (
 )
 from lpln_autopatch.backends import native
 
-# Copies that run PyTorch's code at all times, once `lowered` and `exempting_forward` have had them.
+# Placeholders, until `bind_function` and `bind_forward` store the stock copies.
 _layer_norm_forward: Callable[..., Tensor] = normalization.LayerNorm.forward
 _layer_norm: Callable[..., Tensor] = F.layer_norm
 _group_norm: Callable[..., Tensor] = F.group_norm
 _rms_norm: Callable[..., Tensor] = getattr(F, "rms_norm", F.layer_norm)
 
 
-def lowered(norm: str, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def bind_function(norm: str, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return our function for `norm`, and give it the `stock` copy to call."""
     globals()[f"_{norm}"] = stock
     return FUNCTIONS[norm]
 
 
-def exempting_forward(norm: str, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def bind_forward(norm: str, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return our forward for the module of `norm`, which calls the `stock` copy."""
     if norm == "layer_norm":
         global _layer_norm_forward
@@ -47,7 +47,7 @@ def exempting_forward(norm: str, stock: Callable[..., Tensor]) -> Callable[..., 
         return layer_norm_forward
 
     def forward(self: torch.nn.Module, input: Tensor) -> Tensor:
-        y: Tensor = run_stock(EXEMPT, stock, self, input) if is_marked(self) else stock(self, input)
+        y: Tensor = run_stock(EXEMPT, stock, self, input) if is_exempt(self) else stock(self, input)
         return y
 
     return traced_like_torchs_own(forward, normalization)
@@ -55,7 +55,7 @@ def exempting_forward(norm: str, stock: Callable[..., Tensor]) -> Callable[..., 
 
 def layer_norm_forward(self: torch.nn.LayerNorm, input: Tensor) -> Tensor:
     # Stock's forward calls F.layer_norm, which lowers. Only the method knows the module.
-    if is_marked(self):
+    if is_exempt(self):
         y: Tensor = run_stock(EXEMPT, _layer_norm_forward, self, input)
         return y
     return _layer_norm_forward(self, input)
@@ -135,7 +135,7 @@ def wrap_forward(original: Any) -> Callable[..., Any]:
     call = original if callable(original) else functools.partial(_call_bound, original)
 
     def forward_of_another_patcher(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_marked(self):
+        if is_exempt(self):
             return run_stock(EXEMPT, call, self, *args, **kwargs)
         return call(self, *args, **kwargs)
 

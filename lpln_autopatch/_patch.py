@@ -96,14 +96,14 @@ class Patches:
         self, carried: Mapping[str, Callable[[Callable[..., Any]], Callable[..., Any]]]
     ) -> None:
         self._norms = {
-            norm: Exchange.of_torch(F, norm, functools.partial(_norms.lowered, norm))
+            norm: Exchange.of_torch(F, norm, functools.partial(_norms.bind_function, norm))
             for norm in _norms.FUNCTIONS
         }
         self._forwards = {
             norm: Exchange.of_torch(
                 normalization,
                 f"{_norms.MODULES[norm]}.forward",
-                functools.partial(_norms.exempting_forward, norm),
+                functools.partial(_norms.bind_forward, norm),
             )
             for norm in _norms.FUNCTIONS
         }
@@ -127,14 +127,14 @@ class Patches:
         self,
         request: Request | None,
         carries: bool,
-        recorder: Mapping[str, Callable[..., Any]] | None,
+        recorders: Mapping[str, Callable[..., Any]] | None,
     ) -> tuple[bool, str | None]:
         """Make `request` active: exchange the functions of its norms, and give back the others.
 
         Args:
             request: The request to make active. `prepare` has had its norms before.
             carries: True if checkpointing is to remember the request of each forward.
-            recorder: Functions that run in the place of each norm, wanted or not, instead of ours.
+            recorders: Functions that run in the place of each norm, wanted or not.
 
         Returns:
             True if the active request has changed, and a message if the wrapper cannot be taken
@@ -145,7 +145,7 @@ class Patches:
         wanted = request.norms.split(",")
         self._classes.follow(HAND_WRITTEN in wanted, keep=carries)
         changed = request != _forward.active
-        next_ones = self._next(wanted, carries, recorder)
+        next_ones = self._next(wanted, carries, recorders)
         changes = [(exchange, runs) for exchange, runs in next_ones if exchange.runs is not runs]
         if changed or changes:
             _dynamo.note_switch()
@@ -160,12 +160,12 @@ class Patches:
         self,
         wanted: Collection[str],
         carries: bool,
-        recorder: Mapping[str, Callable[..., Any]] | None,
+        recorders: Mapping[str, Callable[..., Any]] | None,
     ) -> Iterator[tuple[Exchange, Callable[..., Any] | None]]:
         """Yield each exchange with the code that its function is to run, or None for its own."""
         for norm, exchange in self._norms.items():
-            if recorder is not None and exchange.function is not None:
-                yield exchange, recorder[norm]
+            if recorders is not None and exchange.function is not None:
+                yield exchange, recorders[norm]
             else:
                 yield exchange, exchange.replacement if norm in wanted else None
         for exchange in self._checkpointing:

@@ -63,7 +63,7 @@ class Recorder:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Record the norm calls inside the block."""
-        runs = _state.recorder or FUNCTIONS  # a model may report on a part of itself
+        runs = _state.recorders or FUNCTIONS  # a model may report on a part of itself
         recorders = {n: functools.partial(self._call, n, f) for n, f in runs.items()}
         # A function of another patcher may never call PyTorch's, which ours replaces.
         foreign = {n: f for n in FUNCTIONS if not is_torchs_own(f := getattr(F, n), F, n)}
@@ -124,7 +124,7 @@ class Recorder:
                 self._record(norm or type(module).__name__, x, y, decision)
             return
         decision = _decide(request, "layer_norm", x, module.weight)
-        if _exemption.is_marked(module):
+        if _exemption.is_exempt(module):
             decision = None, EXEMPT
         self._record("layer_norm", x, y, decision, by)
 
@@ -191,5 +191,5 @@ def norms_among(names: Mapping[torch.nn.Module, str], reason: str = "") -> Itera
     for module, name in names.items():
         if _is_norm(name, module):
             surgery = "surgery" if is_under_surgery(module) else ""
-            mark = EXEMPT if _exemption.is_marked(module) else surgery
+            mark = EXEMPT if _exemption.is_exempt(module) else surgery
             yield Row(name, type(module).__name__, 0, None, None, False, reason or mark)

@@ -25,10 +25,10 @@ _base: Request | None = None
 # The requests of the open scopes in the order of entry, each under its scope. None is a
 # recomputation whose forward ran with nothing active.
 _scopes: dict[Scope, Request | None] = {}
-# True from a user's request until the base is cleared. Checkpointing remembers the request of each
-# forward for so long, also while nothing is active.
+# True from a user's request until the base is cleared. Until then checkpointing remembers the
+# request of each forward, also while no request is active.
 _asked = False
-recorder: Mapping[str, Callable[..., Any]] | None = None
+recorders: Mapping[str, Callable[..., Any]] | None = None
 """The functions that run in the place of each norm while `report` records."""
 _made: Patches | None = None  # by `_patches`
 
@@ -92,7 +92,8 @@ class Scope:
 
     def _record(self) -> None:
         global _asked
-        # Not inside another scope: if the base was cleared there, the last scope ends it all.
+        # If `disable()` runs inside a block, the end of the last block ends the memory of
+        # checkpointing, too: a block inside that one does not begin it again.
         if self._is_asked_for and not _scopes:
             _asked = True
         _scopes[self] = self._request
@@ -129,7 +130,7 @@ def reset() -> int:
 def _request_of_this_thread() -> Request | None:
     from lpln_autopatch import _exemption
 
-    return None if _exemption.is_exempt_now() else current()
+    return None if _exemption.is_inside_exempt_module() else current()
 
 
 def _recomputation(request: Request | None) -> Scope:
@@ -142,10 +143,10 @@ def recording(calls: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     from lpln_autopatch._norms import FUNCTIONS
 
     def record(new: Mapping[str, Callable[..., Any]] | None) -> None:
-        global recorder
-        recorder = new
+        global recorders
+        recorders = new
 
-    patches, before = _patches(), recorder
+    patches, before = _patches(), recorders
     for norm in FUNCTIONS:
         # A function that cannot be found is not lowered.
         with _lock.lock, contextlib.suppress(RuntimeError):
@@ -231,8 +232,8 @@ def _follow(patches: Patches) -> tuple[bool, str | None]:
     """
     changed, message = False, None
     while True:
-        recorded = request, carries, calls = current(), _asked or bool(_scopes), recorder
+        recorded = request, carries, calls = current(), _asked or bool(_scopes), recorders
         result = patches.follow(request, carries, calls)
         changed, message = changed or result[0], message or result[1]
-        if recorded == (current(), _asked or bool(_scopes), recorder):
+        if recorded == (current(), _asked or bool(_scopes), recorders):
             return changed, message

@@ -16,7 +16,7 @@ import torch
 
 from lpln_autopatch import _exemption, _forward, _norms
 from lpln_autopatch._exempt_by_name import ByName
-from lpln_autopatch._forward import INTERCEPTED, Decision
+from lpln_autopatch._forward import INTERCEPTED, NO_AUTOCAST, Decision
 from lpln_autopatch._hand_written import kinds
 from lpln_autopatch._request import HAND_WRITTEN
 from lpln_autopatch._torch_compat import (
@@ -96,14 +96,19 @@ def _reasons(counts: Counter[torch.dtype | str]) -> dict[str, int]:
 
 
 def _all_calls() -> str | None:
-    if not calls and not traced:
+    counted = calls or traced
+    if not counted:
         return None
-    stock = _reasons(calls)
-    lowered = calls.total() - sum(stock.values())
-    line = f"{lowered} of {calls.total()} norm calls in eager mode were lowered"
+    stock, total = _reasons(counted), counted.total()
+    lowered = f"{total - sum(stock.values())} of {total}"
+    if calls:
+        line = f"{lowered} norm calls in eager mode were lowered"
+    else:
+        line = f"norms ran in compiled code alone, and {lowered} were lowered when it was traced"
     if stock:
         line += f"; stock: {', '.join(f'{n} ({reason})' for reason, n in stock.items())}"
-    return f"{line}. Compiled code is not counted."
+    others = _others()
+    return f"{line}. Compiled code is not counted.{f' {others}.' if others else ''}"
 
 
 def _none_lowered() -> str | None:
@@ -112,12 +117,13 @@ def _none_lowered() -> str | None:
     stock = _reasons(both)
     if len(stock) < len(both):
         return None
-    others = _others()
-    if not stock:
+    reason = next(iter(stock), None)
+    others = None if reason == NO_AUTOCAST else _others()  # they would be stock as well
+    if reason is None:
         return others and f"no norm was lowered: {others}."
     n = calls.total()
     what = f"{n} norm call{'s'[: n > 1]}" if n else "norms ran in compiled code alone"
-    return f"{what}, none lowered: {next(iter(stock))}{f'; {others}' if others else ''}."
+    return f"{what}, none lowered: {reason}{f'; {others}' if others else ''}."
 
 
 def _others() -> str | None:

@@ -76,7 +76,7 @@ DYNAMO_TRACES_NORMS = TORCH_VERSION >= (2, 5)
 # until torch 2.12: Dynamo does not always look at the code of a function that it has met.
 GRAPHS_GUARD_ON_CODE = TORCH_VERSION >= (2, 12)
 
-# until torch 2.15: what was once compiled under `caching_precompile` cannot be compiled without.
+# until torch 2.15: code that was compiled under `caching_precompile` cannot be compiled without it.
 PRECOMPILATION_CAN_BE_LEFT = TORCH_VERSION >= (2, 15)
 
 # until torch 2.9: Dynamo does not tell the value of a float that it has made a symbol of.
@@ -239,7 +239,7 @@ CHECKPOINT_ENTRIES = {"CheckpointFunction.forward": 1, "_CheckpointFrame.__init_
 if TORCH_VERSION < (2, 1):  # until torch 2.1: non-reentrant checkpointing keeps no frame
     CHECKPOINT_ENTRIES = {"CheckpointFunction.forward": 1, "_checkpoint_without_reentrant": 0}
 
-# The functions that run first in a recomputation, and the attribute of self with the function.
+# The functions that run first in a recomputation, and the attribute with the checkpointed one.
 CHECKPOINT_RECOMPUTATIONS = {"CheckpointFunction.backward": "run_function"}
 if hasattr(getattr(torch.utils.checkpoint, "_CheckpointFrame", None), "get_inputs"):
     # until torch 2.12: frames have no method that runs first

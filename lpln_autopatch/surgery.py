@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: F401
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from lpln_autopatch._exemption import EXEMPT, is_marked
+from lpln_autopatch._exemption import EXEMPT, is_exempt
 from lpln_autopatch._forward import INTERCEPTED, decide_and_count, run_backend
 from lpln_autopatch._precision import NoEffectWarning, Precision
 from lpln_autopatch._request import Request
@@ -64,7 +64,7 @@ class LPLayerNorm(torch.nn.LayerNorm):
             # more, so that super() would fail.
             return torch.nn.LayerNorm.forward(self, input)
         dtype, reason = None, EXEMPT
-        if not is_marked(self):
+        if not is_exempt(self):
             dtype, reason = decide_and_count(request, "layer_norm", input, self.weight)
         arguments = (input, self.normalized_shape, self.weight, self.bias, self.eps)
         if reason == INTERCEPTED:

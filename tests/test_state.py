@@ -175,7 +175,7 @@ def test_interrupt_anywhere_leaves_nothing_half_done(layer_norm, what):
             lpln.enable()
         interrupted = interrupted_at(position, what)
         assert not _state._scopes, position
-        assert _state.recorder is None, position
+        assert _state.recorders is None, position
         active = lpln.status().precision is not None
         assert lpln.status().installed is active, position
         assert output_dtype(layer_norm) is (BF16 if active else FP32), position

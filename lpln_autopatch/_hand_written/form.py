@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
 
 def gradients_of(y: Tensor, dy: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    # Of a sum: with dy as an argument of its own, autograd imports sympy, which takes a second.
+    # Of a sum: `grad_outputs=dy` makes autograd import sympy, which takes a second.
     return torch.autograd.grad((y * dy).sum(), inputs, allow_unused=True)
 
 

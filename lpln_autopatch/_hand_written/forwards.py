@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from lpln_autopatch import _exemption, _exporting, _forward
-from lpln_autopatch._exemption import EXEMPT, is_marked, run_stock
-from lpln_autopatch._forward import Decision, decide
+from lpln_autopatch._exemption import EXEMPT, is_exempt, run_stock
+from lpln_autopatch._forward import NO_AUTOCAST, Decision, decide
 from lpln_autopatch._hand_written import kinds
 from lpln_autopatch._hand_written.form import Form
 from lpln_autopatch._hand_written.normalise import normalise
 from lpln_autopatch._request import HAND_WRITTEN, Request
 from lpln_autopatch._torch_compat import (
+    autocast_dtype,
     is_compiling,
     is_dynamo_compiling,
     is_tracing,
@@ -39,7 +40,9 @@ def replacement(function: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
         if is_dynamo_compiling() and _exemption.guard_on_changes():
             return None
         if HAND_WRITTEN in request.norms:
-            if is_marked(self):
+            if is_exempt(self):
+                if _forward.counter is not None and args:
+                    _count(number, self, args[0], (None, EXEMPT), None)
                 return run_stock(EXEMPT, stock, self, *args, **kwargs)
             if args and found.are_defaults(args[1:], kwargs):
                 x = args[0]
@@ -119,9 +122,11 @@ def explain(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[str, Decis
     request = _forward.active
     if not request.norms:
         return form.norm, (None, "no precision is active")
+    if autocast_dtype(x.device.type) is None:
+        return form.norm, (None, NO_AUTOCAST)
     if HAND_WRITTEN not in request.norms:
         return form.norm, (None, "hand-written: norms='hand_written' lowers it")
-    if is_marked(module):
+    if is_exempt(module):
         return form.norm, (None, EXEMPT)
     if not _forwards[number].are_defaults(passed.args[2:], passed.kwargs):
         return form.norm, (None, "it gets more than one tensor")

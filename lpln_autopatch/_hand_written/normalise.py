@@ -77,9 +77,9 @@ def _descends(strides: Sequence[int]) -> bool:
 def _operator(
     norm: str, size: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
 ) -> native.Operator | None:
-    """Return an operator for what no backend takes, or None.
+    """Return an operator for a norm that no backend takes, or None.
 
-    That is an RMSNorm with a bias, and tensors that broadcast: one number, or some for each head.
+    No backend takes an RMSNorm with a bias, or tensors that broadcast.
     """
     if any(t is not None and t.shape != size for t in (weight, bias)):
         return _scaled_layer_norm if norm == "layer_norm" else _scaled_rms_norm

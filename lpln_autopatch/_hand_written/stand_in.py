@@ -171,7 +171,7 @@ class StandIn:
 
         methods = {"__getattribute__": read, "__getattr__": missing}
         methods |= {"__setattr__": write, "__delattr__": write}
-        # A name that is no norm's: the subclass must not be tried itself.
+        # `_StandIn` is not a norm's name, so that the subclass is not tried itself.
         watched: Any = type(self._cls)("_StandIn", (self._cls,), methods)
         made: type = watched
         return made

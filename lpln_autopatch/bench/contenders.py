@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpln_autopatch import backends, low_precision_layernorm
-from lpln_autopatch._exemption import is_marked
+from lpln_autopatch._exemption import is_exempt
 from lpln_autopatch._hand_written import kinds
 from lpln_autopatch._request import parse_norms
 from lpln_autopatch.backends import fused
@@ -71,7 +71,7 @@ class Contender:
             classes.update(dict.fromkeys(by_hand, self.rms_norm))
         # Subclasses too, as Composer's surgery does.
         norms = (m for m in module.modules() if isinstance(m, tuple(classes)))
-        own = {m: type(m) for m in norms if not is_marked(m)}
+        own = {m: type(m) for m in norms if not is_exempt(m)}
         block: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self.backend in ("fused", "lean") and fused.why_native():
             raise ImportError(fused.why_native())
