@@ -30,7 +30,7 @@ Operator = Callable[..., Tensor]
 def normalise(
     x: Tensor, normalized_shape: Shape, weight: Affine, bias: Affine, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """The native `Backend`: PyTorch's LayerNorm, as `lower` runs it."""
+    """Normalise as a `Backend`: run PyTorch's LayerNorm, as `lower` does."""
     f32 = torch.float32
     if x.is_cpu and x.dtype is f32 and (weight is None or weight.dtype is f32):
         # `lower` does the same. Its checks would take 6 % of the time of a small call.
