@@ -853,7 +853,7 @@ COMPILE = textwrap.dedent(
 
 
 @runs_kernels
-def test_compiled_kernels_are_launched_as_triton_launches_them():
+def test_kernels_compile_for_a_gpu_and_are_launched_as_triton_launches_them():
     """A launch without Triton's look at the arguments: its kernel, and its launcher's arguments.
 
     With Triton's own classes and kernels compiled for compute capability 9.0; only the launcher
