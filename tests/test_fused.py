@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 
 import pytest
@@ -248,7 +249,7 @@ def test_strides_of_the_leading_dimensions_are_not_copied(view):
     from lpln_autopatch.backends.fused import launch
 
     x = VIEWS[view](torch.randn(6, 7, 64, device=DEVICE))
-    read, inner, outer_stride, inner_stride = launch._layout(x, 1)
+    read, (inner, outer_stride, inner_stride) = launch._layout(x, 1, x.shape[-1])
     copied = view in ("features not contiguous", "three strides")
     assert (read.data_ptr() == x.data_ptr()) is not copied
     for row, expected in enumerate(x.flatten(0, -2)):
@@ -530,6 +531,130 @@ def test_layernorm_runs_it(use_reentrant):
     assert all(torch.equal(t.grad, g) for t, g in zip(leaves, gradients, strict=True))
 
 
+each_backend = pytest.mark.parametrize("backend", ["fused", "lean"])
+
+
+def trained(norm, run, x, backend="native"):
+    """Output and gradients of `run(norm, x)` under autocast, by a backend."""
+    x = x.detach().requires_grad_()
+    with low_precision_layernorm("bf16", backend=backend), torch.autocast(DEVICE, dtype=BF16):
+        y = run(norm, x)
+    dy = torch.linspace(-1, 1, y.numel(), device=DEVICE).view(y.shape).to(y.dtype)
+    return y, *torch.autograd.grad(y, [x, *norm.parameters()], dy)
+
+
+def a_norm(features=64):
+    torch.manual_seed(0)
+    norm = torch.nn.LayerNorm(features, device=DEVICE)
+    torch.nn.init.normal_(norm.weight, 1.0, 0.2)
+    torch.nn.init.normal_(norm.bias, 0.0, 0.2)
+    return norm, torch.randn(5, features, device=DEVICE)
+
+
+def assert_close(results, expected):
+    for result, e in zip(results, expected, strict=True):
+        assert result.dtype is e.dtype
+        torch.testing.assert_close(result, e, rtol=1e-2, atol=1e-2)
+
+
+@runs_kernels
+@each_backend
+def test_make_fx_traces_natives_operators(backend):
+    """make_fx sees no kernel: its graph, of forward and backward too, computes native's values."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    norm, x = a_norm()
+
+    def both(x, weight, bias):
+        y = torch.nn.functional.layer_norm(x, (64,), weight, bias)
+        return y, *torch.autograd.grad(y.float().pow(2).sum(), [x, weight, bias])
+
+    leaves = [t.detach().requires_grad_() for t in (x, norm.weight, norm.bias)]
+    with low_precision_layernorm("bf16", backend=backend), torch.autocast(DEVICE, dtype=BF16):
+        graph = make_fx(both)(*leaves)
+    with low_precision_layernorm("bf16", backend="native"), torch.autocast(DEVICE, dtype=BF16):
+        expected = both(*leaves)
+    assert "native_layer_norm_backward" in graph.code
+    assert_close(graph(*leaves), expected)
+
+
+@runs_kernels
+@each_backend
+@pytest.mark.parametrize("x_dtype", [FP32, BF16])
+def test_make_fx_traces_the_backward_of_a_kernel(backend, x_dtype):
+    """Traced after a forward in the kernels, backward is in operators, and of the same values."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    norm, x = a_norm()
+    x = x.to(x_dtype).requires_grad_()
+    leaves = [x, *norm.parameters()]
+    with low_precision_layernorm("bf16", backend=backend), torch.autocast(DEVICE, dtype=BF16):
+        y = norm(x)
+    assert "FusedNorm" in type(y.grad_fn).__name__
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    graph = make_fx(lambda dy: torch.autograd.grad(y, leaves, dy, retain_graph=True))(dy)
+    assert_close(graph(dy), expected)
+
+
+@runs_kernels
+@each_backend
+@pytest.mark.parametrize("saved", ["everything", "nothing"])
+def test_selective_checkpointing(backend, saved):
+    """Whatever its policy saves, values and gradients are those without checkpointing."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    norm, x = a_norm()
+    decision = {"everything": "MUST_SAVE", "nothing": "MUST_RECOMPUTE"}[saved]
+    policy = functools.partial(lambda decision, *_, **__: decision, CheckpointPolicy[decision])
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+
+    def run(norm, x):
+        return checkpoint(norm, x, use_reentrant=False, context_fn=contexts).relu()
+
+    expected = trained(norm, lambda norm, x: norm(x).relu(), x)
+    assert_close(trained(norm, run, x, backend), expected)
+
+
+@runs_kernels
+@each_backend
+def test_replicas_of_data_parallel(backend):
+    """A replica's parameters are no leaves: gradients arrive at those of the module."""
+    norm, x = a_norm()
+
+    def run(norm, x):
+        replicas = [norm._replicate_for_data_parallel() for _ in range(2)]
+        for replica in replicas:  # as torch.nn.parallel.replicate does, which takes no CPU
+            for name, parameter in norm.named_parameters():
+                setattr(replica, name, parameter * 1)
+        outputs = [replica(part) for replica, part in zip(replicas, x.split(3), strict=True)]
+        assert all("FusedNorm" in type(y.grad_fn).__name__ for y in outputs)
+        return torch.cat(outputs)
+
+    expected = trained(norm, lambda norm, x: norm(x), x)
+    assert_close(trained(norm, run, x, backend), expected)
+
+
+@runs_kernels
+@each_backend
+@pytest.mark.parametrize("x_dtype", [FP32, BF16])
+def test_saved_tensors_may_be_kept_on_the_cpu_and_in_another_dtype(backend, x_dtype):
+    """save_on_cpu, and hooks that pack in float32: the gradients without hooks."""
+    norm, x = a_norm()
+    x = x.to(x_dtype)
+    expected = trained(norm, lambda norm, x: norm(x), x, backend)
+    as_float = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.float() if t.is_floating_point() else t, lambda t: t
+    )
+    for hooks in (torch.autograd.graph.save_on_cpu(), as_float):
+
+        def run(norm, x, hooks=hooks):
+            with hooks:
+                return norm(x)
+
+        assert_close(trained(norm, run, x, backend), expected)
+
+
 class BreaksTheGraph(torch.nn.Module):
     """Dynamo gives its forward up inside a loop, and looks at what that calls by itself."""
 
@@ -666,7 +791,8 @@ COMPILE = textwrap.dedent(
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from lpln_autopatch.backends.fused import backward_kernels, forward_kernels, grid, launch
+    from lpln_autopatch.backends.fused import backward_kernels, forward_kernels, grid
+    from lpln_autopatch.backends.fused.compiled import _OPTIONS
 
     TYPES = dict(
         p_x="*fp32", p_weight="*fp32", p_bias="*fp32", p_y="*bf16", p_dy="*bf16", p_dx="*fp32",
@@ -693,7 +819,7 @@ COMPILE = textwrap.dedent(
             signature = {a: kind for a, kind in signature.items() if kind != "constexpr"}
             aligned = None
         source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-        options = {"num_warps": warps, **launch._OPTIONS}
+        options = {"num_warps": warps, **_OPTIONS}
         for capability in (80, 90):
             compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
             assert compiled.asm["cubin"]
@@ -726,6 +852,106 @@ COMPILE = textwrap.dedent(
 )
 
 
+@runs_kernels
+def test_kernels_compile_for_a_gpu_and_are_launched_as_triton_launches_them():
+    """A launch without Triton's look at the arguments: its kernel, and its launcher's arguments.
+
+    With Triton's own classes and kernels compiled for compute capability 9.0; only the launcher
+    that it makes for a GPU is replaced, by one that notes what it gets.
+    """
+    printed = run_forked("-c", LAUNCH, timeout=600).stdout
+    assert printed == "same\n"
+
+
+LAUNCH = textwrap.dedent(
+    """
+    import torch
+    import triton
+    from triton.runtime.jit import JITFunction
+    from lpln_autopatch.backends.fused import compiled, fused, lean, launch
+    from lpln_autopatch.bench import host
+
+    driver = host.pretend()
+    launch_compiled, triton_runs, launches = compiled.launch, [], 0
+    run = JITFunction.run
+    JITFunction.run = lambda *args, **kwargs: triton_runs.append(1) or run(*args, **kwargs)
+
+    def plain(argument):
+        if type(argument).__name__ == "HookChain" and not argument.calls:
+            return None  # a launcher does nothing for both
+        return argument.get() if type(argument).__name__ == "LazyDict" else argument
+
+    def check(kernel, grid, device, tensors, numbers, constants, warps, unspecialised=1):
+        global launches
+        everything = kernel, grid, device, tensors, numbers, constants, warps, unspecialised
+        options = dict(num_warps=warps, **compiled._OPTIONS)
+        driver.launched = []
+        kernel[grid](*tensors, *numbers, *constants, **options)
+        launch_compiled(*everything)
+        triton_runs.clear()
+        launch_compiled(*everything)
+        aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+        assert bool(triton_runs) != aligned
+        (metadata, expected), *others = driver.launched
+        assert len(others) == 2
+        for own, got in others:
+            assert own is metadata, "another kernel"
+            assert len(got) == len(expected)
+            got, expected_now = list(map(plain, got)), list(map(plain, expected))
+            if expected_now[7:9] == [None, None]:  # without hooks nobody reads their metadata
+                got[6] = expected_now[6] = None
+            for g, e in zip(got, expected_now):
+                assert g is e or (type(g) is type(e) and g == e), (g, e)
+        launches += 1
+
+    launch.launch = check
+
+    def call(backend, x, n_dims=1, weight=True, bias=True, dtype=torch.bfloat16, parameters=None):
+        features = x.shape[-n_dims:]
+        w, b = (torch.ones(features, dtype=parameters, requires_grad=True) for _ in range(2))
+        w, b = torch.nn.Parameter(w) if weight else None, b if bias else None
+        x = x.detach().requires_grad_()
+        y = backend(x, features, w, b, 1e-5, dtype)
+        y.backward(torch.ones_like(y))
+        with torch.no_grad():
+            backend(x, features, w, b, 0, dtype)
+
+    bf16, fp16 = torch.bfloat16, torch.float16
+    for backend in (fused, lean):
+        for rows in (1, 8, 17):
+            call(backend, torch.ones(rows, 64))
+        call(backend, torch.ones(8, 64, dtype=bf16))
+        call(backend, torch.ones(8, 64, dtype=fp16), parameters=bf16, dtype=fp16)
+        call(backend, torch.ones(8, 100))
+        call(backend, torch.ones(8, 1))
+        call(backend, torch.ones(8, 64), bias=False)
+        call(backend, torch.ones(8, 64), weight=False, bias=False)
+        call(backend, torch.ones(3, 5, 64).transpose(0, 1))
+        call(backend, torch.ones(3, 5, 100).transpose(0, 1))
+        call(backend, torch.ones(9, 64)[:, None].expand(9, 2, 64)[::2])
+        call(backend, torch.ones(8 * 64 + 1)[1:].view(8, 64))  # 16 does not divide its address
+        call(backend, torch.ones(8, 64))  # and again one that it does
+    call(fused, torch.ones(2, 8208))
+    # What a profiler gets.
+    runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook) if runtime else ():
+        hook.add(print)
+        call(lean, torch.ones(8, 64))
+        hook.remove(print)
+    # Rows that 32 bits do not count, which no kernel reads here, behind some that they do.
+    x, y = torch.ones(8, 64), torch.ones(8, 64, dtype=bf16)
+    from lpln_autopatch.backends.fused import forward_kernels
+    for rows in (8, 2**31 - 1, 2**31, 8):
+        check(
+            forward_kernels.norm_forward, (1, 1, 1), -1, (x, None, None, y, *[None] * 5),
+            (rows, 64, 0, 1e-5, 1, 64, 0), (True, False, 8, 64), 1,
+        )
+    assert launches > 100
+    print("same")
+    """
+)
+
+
 def test_missing_triton_is_named():
     """Without Triton: an ImportError that names it and the command that installs it."""
     code = """
@@ -750,9 +976,9 @@ def test_where_the_kernels_do_not_run_it_is_native_and_says_so_once(
 ):
     """Before torch 2.6, and on the CPU: native's values, one line in the log, and the doctor's."""
     if where == "torch 2.5":
-        monkeypatch.setattr(fused, "TORCH_VERSION", (2, 5))
+        monkeypatch.setattr(fused, "_HAS_KERNELS", False)
     elif TORCH_VERSION >= (2, 6):
-        monkeypatch.setattr(fused.launcher(), "INTERPRETED", False)
+        monkeypatch.setattr(fused.launcher(), "takes_cpu", lambda: False)
     fused._say_once.cache_clear()
     case = torch.randn(4, 8), (8,), torch.ones(8), None, 1e-5, BF16
     with caplog.at_level("INFO", logger="lpln_autopatch"):

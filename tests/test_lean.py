@@ -19,6 +19,7 @@ from lpln_autopatch import low_precision_layernorm
 from lpln_autopatch.backends import native
 from lpln_autopatch.backends.fused import grid, lean
 from lpln_autopatch.backends.fused import recovery as rules
+from lpln_autopatch.backends.fused.function import launcher
 
 pytestmark = runs_kernels
 
@@ -383,7 +384,7 @@ def counts_arrive_late(monkeypatch):
         waited.append(counts[0].item())
         return rules.Tally(counts, counts.clone(), rows)
 
-    monkeypatch.setattr(rules, "arrive_late", lambda weight: True)
+    monkeypatch.setattr(launcher(), "COUNTS_ARRIVE_LATE", True)
     monkeypatch.setattr(rules.Tally, "first", first)
     rules.tallies.cache_clear()
     yield waited

@@ -1,4 +1,4 @@
-"""What normalises a lowered call: the choice by name."""
+"""The backends, which normalise lowered calls, and the choice of one by its name."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _BUILT_IN: dict[str, Callable[[], Backend]] = {
 
 
 def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
-    """The backend that `name` chooses for `precision`: its own name, and what normalises.
+    """Return the backend that `name` chooses for `precision`: its own name, and its function.
 
-    `name` is the argument `backend` of `enable`; so is what is raised, with what to do.
+    `name`, and what is raised, are those of the argument `backend` of `enable`.
     """
     argument = "backend"
     if name == "auto":
@@ -69,7 +69,7 @@ def _load(entry_point: EntryPoint, where: str) -> Backend:
 
 @dataclasses.dataclass(frozen=True)  # a request that is made again is equal to the first
 class _OfAnotherPackage:
-    """A backend that is loaded when it is called, if not before. What it calls is stock."""
+    """A backend that is loaded when it is called, if not before. The norms it calls are stock."""
 
     entry_point: EntryPoint
     where: str
@@ -91,9 +91,9 @@ class _OfAnotherPackage:
 
 
 def _is_being_imported(module: str) -> bool:
-    """Whether `module`, or a package that it is in, is only half there.
+    """Return True if the import of `module`, or of a package around it, has not ended.
 
-    So it is if its first line imports torch, which activates us, and LPLN_BACKEND names it.
+    Its first line may import torch, which activates this package, and LPLN_BACKEND may name it.
     """
     parts = module.split(".")
     packages = [sys.modules.get(".".join(parts[: n + 1])) for n in range(len(parts))]
@@ -101,14 +101,14 @@ def _is_being_imported(module: str) -> bool:
 
 
 def names() -> list[str]:
-    """Every backend that can be named here, usable or not."""
+    """Return the names of all backends, usable here or not."""
     return [*_BUILT_IN, *(entry_point.name for entry_point in entry_points(group=GROUP))]
 
 
 def automatic(precision: Precision) -> str:
-    """The backend that "auto" stands for: native, the one that works on every device.
+    """Return the backend that "auto" stands for: native, which works on every device.
 
-    Except where PyTorch has no bfloat16 LayerNorm on CUDA, before 1.13: apex, as in Composer.
+    Before 1.13 PyTorch has no bfloat16 LayerNorm on CUDA. There it is apex, as in Composer.
     """
     if _torch_compat.CUDA_NORMALISES_BFLOAT16 or not precision.engages(torch.bfloat16):
         return "native"

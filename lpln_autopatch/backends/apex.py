@@ -30,14 +30,14 @@ _NO_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
 
 
 def load() -> Backend:
-    """`normalise`, or an ImportError: no NVIDIA apex with its CUDA extension is here."""
+    """Return `normalise`. Without NVIDIA apex and its CUDA extension raise ImportError."""
     _find()
     return normalise
 
 
 def load_lean() -> Backend:
-    """`normalise_memory_efficient`, or an ImportError: as `load`, or apex has no such option."""
-    # Not by importing it, which torch and CUDA must be up for.
+    """Return `normalise_memory_efficient`. If apex is missing or too old raise ImportError."""
+    # The source is read, not imported: torch and CUDA must be up before its extension loads.
     source = _find() / "normalization" / "fused_layer_norm.py"
     if "memory_efficient" not in source.read_text():
         raise ImportError(f"this NVIDIA apex has no memory_efficient: it is older. {_BUILD}")
@@ -45,11 +45,11 @@ def load_lean() -> Backend:
 
 
 def _find() -> Path:
-    """The folder of NVIDIA apex, which has its CUDA extension."""
+    """Return the folder of NVIDIA apex, and make sure that its CUDA extension is there."""
     apex = find_spec("apex")
-    if apex is None or apex.origin is None:  # or a folder of that name, as a clone is
+    if apex is None or apex.origin is None:  # a clone's folder has no origin
         raise ImportError(f"NVIDIA apex is not installed. {_BUILD}")
-    # Not by importing it: the other project needs packages of its own.
+    # It is found, not imported: the other project of this name needs packages of its own.
     normalization = PathFinder.find_spec("apex.normalization", apex.submodule_search_locations)
     if normalization is None or not apex.submodule_search_locations:
         raise ImportError(
@@ -72,7 +72,7 @@ def normalise(
     dtype: torch.dtype,
     **options: bool,
 ) -> Tensor:
-    """The apex `Backend`: its kernel where that can, natively elsewhere.
+    """Normalise as a `Backend`: by apex's kernel where it can, natively elsewhere.
 
     x, weight and bias are rounded to `dtype` first. `options` are those of apex's functions.
 
@@ -81,7 +81,7 @@ def normalise(
     """
     if not _takes(x, weight, bias, dtype):
         return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
-    # Here, not at the top: torch and CUDA must be up before its extension loads.
+    # It is imported here, not at the top: torch and CUDA must be up before its extension loads.
     fused = importlib.import_module("apex.normalization.fused_layer_norm")
     shape = tuple(normalized_shape)
     y: Tensor
@@ -97,7 +97,7 @@ def normalise(
 
 
 normalise_memory_efficient = functools.partial(normalise, memory_efficient=True)
-"""It keeps the output for backward, not x.
+"""`normalise` with apex's option to keep the output for backward, and not x.
 
 Source:
     NVIDIA apex, pull request 1715. A weight that is smaller than eps counts as eps in its
@@ -108,13 +108,13 @@ Source:
 def _takes(x: Tensor, weight: Affine, bias: Affine, dtype: torch.dtype) -> bool:
     return (
         x.is_cuda
-        # The others are rounded twice by a kernel of one dtype.
+        # A kernel of one dtype would round an x of another low precision twice.
         and x.dtype in (torch.float32, dtype)
         # Its kernels have both parameters or none, and want a row.
         and (weight is None) == (bias is None)
         and x.numel() > 0
-        # Its autograd function has no formula for functorch's transforms and for forward mode,
-        # and its extension reads memory, which a fake tensor has not got.
+        # Its autograd function has no formula for functorch's transforms and for forward mode.
+        # Its extension reads memory, and a fake tensor has none.
         and not something_intercepts_operators()
         and not forward_mode_is_on()
         and all(

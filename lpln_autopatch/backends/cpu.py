@@ -36,7 +36,7 @@ and nothing summed up, and the kernel takes as long as an upcast or less, whatev
 
 
 class _Repeated(threading.local):
-    """Marks a thread that runs what will run again with gradients, and must give the same then."""
+    """Marks a thread whose calls run again with gradients, and must give the same values then."""
 
     now = False
 
@@ -61,7 +61,7 @@ def takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine, dtype: torch.dt
 
 
 def normalise(x: Tensor, shape: Shape, weight: Affine, bias: Affine, eps: float) -> Tensor:
-    """Normalise what `takes` takes."""
+    """Normalise a call that `takes` accepts."""
     if gradients.wants_gradient(x, weight, bias):
         y: Tensor = _LayerNorm.apply(x, shape, weight, bias, eps)  # type: ignore[no-untyped-call]
         return y
@@ -71,9 +71,10 @@ def normalise(x: Tensor, shape: Shape, weight: Affine, bias: Affine, eps: float)
 def _forward(
     x: Tensor, shape: Shape, weight: Affine, bias: Affine, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y in the dtype of x, mean and rstd in float32."""
+    """Return y in the dtype of x, and mean and rstd in float32."""
     scale, shift = gradients.scale_of(x, shape, weight), None if bias is None else bias.float()
-    # Outside of autocast, as the other backends: tests put CUDA's lists, which promote it, on CPU.
+    # It runs outside of autocast, as in the other backends: CUDA's lists, which tests put on the
+    # CPU, would promote it.
     with autocast_disabled():
         return torch.native_layer_norm(x, shape, scale, shift, eps)
 
@@ -92,7 +93,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-        # What is differentiated again, or mapped over, must not be written into.
+        # Sums that are differentiated again, or mapped over, must not be changed in place.
         as_a_whole = (
             torch.is_grad_enabled()
             or forward_mode_is_on()
@@ -114,9 +115,10 @@ def _backward_in_blocks(
     rstd: Tensor,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`autograd.backward` for a `dy` in the dtype of `x`, without a float32 copy of the whole.
+    """Compute `gradients.backward` in blocks, for a `dy` in the dtype of `x`.
 
-    The mixed kernel rounds the gradient of x once. Only the sums over rows need float32.
+    The mixed kernel rounds the gradient of x once. Only the sums over rows need float32, and only
+    a block of x and dy is copied to it at a time.
     """
     scale = gradients.scale_of(x, shape, weight)
     dx = None

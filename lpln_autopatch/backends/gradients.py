@@ -18,13 +18,13 @@ operator = torch.ops.aten.native_layer_norm_backward.default
 
 def takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine) -> bool:
     """Return True if an autograd function can take this call; native takes every one."""
-    # Loops and no generators: this runs in each call, and takes a third of the time.
+    # This runs in each call. Loops take a third of the time of generators.
     if not (
         type(x) in PLAIN
         and x.dtype in DTYPES
         and x.layout is torch.strided
         and not x.is_nested
-        # PyTorch's own error for an integer, for another shape and for none.
+        # Native raises PyTorch's own error for an integer, for another shape and for none.
         and isinstance(shape, (tuple, list))
         and len(shape) > 0
         and x.shape[-len(shape) :] == (shape := tuple(shape))
@@ -46,7 +46,7 @@ def takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine) -> bool:
 
 
 def can_be_saved(x: Tensor) -> bool:
-    """Whether autograd can save `x`: not an inference tensor, of which stock makes a copy."""
+    """Return True if autograd can save `x`. It saves no inference tensor; stock makes a copy."""
     return not (x.is_inference() and torch.is_grad_enabled())
 
 
@@ -68,9 +68,10 @@ def backward(
     rstd: Tensor,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weight and bias in float32; autograd casts each to its tensor's dtype.
+    """Compute the gradients of x, weight and bias in float32.
 
-    In operators of PyTorch's, which know their own derivatives.
+    PyTorch's operators compute them, and can be differentiated again. Autograd casts each gradient
+    to its tensor's dtype.
 
     Args:
         dy: The gradient of the output, shape of `x`, any dtype.
@@ -82,7 +83,7 @@ def backward(
         wanted: Which gradients are computed: of x, weight and bias. The others are None.
     """
     scale = scale_of(x, shape, weight)
-    # The second one is for bias, of which it takes the shape.
+    # The second `scale` stands for bias, of which the operator takes the shape alone.
     dx, dweight, dbias = operator(
         dy.float(), x.float(), shape, mean, rstd, scale, scale, list(wanted)
     )
@@ -90,7 +91,7 @@ def backward(
 
 
 def scale_of(x: Tensor, shape: Shape, weight: Affine) -> Tensor:
-    """`weight` in float32, or ones for none.
+    """Return `weight` in float32, or ones if there is none.
 
     Without a float32 parameter PyTorch's mixed kernel on CPU rounds mean and rstd, and with a bias
     alone PyTorch's own double backward fails (torch 2.13, 2.15).

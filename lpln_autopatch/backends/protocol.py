@@ -1,4 +1,4 @@
-"""What every backend is, and the types of its arguments."""
+"""The protocol of a backend, and the types of its arguments."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Affine = torch.Tensor | None
 
 
 class Backend(Protocol):
-    """What normalises a lowered call, in eager mode: a function, or anything callable.
+    """A function, or another callable, that normalises a lowered call in eager mode.
 
-    It normalises LayerNorm. One that has an attribute `rms_norm`, called as `rms_norm(x,
-    normalized_shape, weight, eps, dtype)`, normalises RMSNorm as well, which is native's otherwise.
+    It normalises LayerNorm. A backend with an attribute `rms_norm`, called as `rms_norm(x,
+    normalized_shape, weight, eps, dtype)`, normalises RMSNorm as well. For others native does.
     """
 
     def __call__(
@@ -32,7 +32,7 @@ class Backend(Protocol):
     ) -> torch.Tensor:
         """Normalise `x` over its trailing dimensions in the autocast dtype, differentiably.
 
-        Called under the autocast that is in force, with the arguments of
+        It is called inside the caller's autocast, with the arguments of
         `torch.nn.functional.layer_norm` and the dtype of the output.
 
         Args:

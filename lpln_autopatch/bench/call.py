@@ -1,7 +1,7 @@
-"""One call of LayerNorm: what a call costs, and its error; and what a block around it costs.
+"""One call of LayerNorm: its time and its error; and the time of a block around it.
 
-On one thread, from the start of a turn to the end of all that it launched: on a CPU the thread's
-own time, on a GPU wall time.
+It runs on one thread, from the start of a turn to the end of all that the turn launched: on a CPU
+in the thread's own time, on a GPU in wall time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lpln_autopatch import low_precision_layernorm
 from lpln_autopatch._torch_compat import CPU_TAKES_MIXED_DTYPES
-from lpln_autopatch.bench import contenders, timing
+from lpln_autopatch.bench import contenders, host, timing
 from lpln_autopatch.bench.contenders import Contender, relative_error
 from lpln_autopatch.bench.recipe import ComposerRecipe
 from lpln_autopatch.bench.results import Figure, Row, short
@@ -27,6 +27,8 @@ from lpln_autopatch.bench.timing import Entry, Progress
 LEGEND = """\
 M, N     rows, and features of a row; input: the dtype of x
 / NAME   time over that of NAME: median (quartiles) of the rounds; below 1 is faster
+stubbed  the host's time alone: Triton has compiled the kernels of fused and lean, for a GPU that
+         need not be here, and nothing launches them
 gives    the dtype of what LayerNorm returns
 error    relative, against float64: of y once rounded to the autocast dtype, of each gradient"""
 SMALL, LARGE, LARGE_ON_A_GPU = (8, 64), (4096, 1024), (65536, 1024)
@@ -37,7 +39,7 @@ RECIPE = Contender("Composer's recipe", ComposerRecipe)
 
 def contenders_on(device: torch.device) -> list[Contender]:
     """Return the contenders; stock is the first."""
-    # On CPU fused hands every call to native, and lean is not for it.
+    # On CPU fused and lean are native.
     ours = ("native",) if device.type == "cpu" else ("native", "fused", "lean")
     lowered = [Contender(f"lowered ({name})", backend=name) for name in ours]
     return [STOCK, Contender("inert"), *lowered, RECIPE]
@@ -46,7 +48,12 @@ def contenders_on(device: torch.device) -> list[Contender]:
 def run(options: Namespace, progress: Progress) -> list[Row]:
     """Time every contender: two shapes, each with float32 x and with x in the autocast dtype."""
     with timing.warns_where_it_is_busy("call", options.device):
-        return _rows(options, progress)
+        rows = _rows(options, progress)
+    return rows + _host_rows(_rounds(options), progress)
+
+
+def _rounds(options: Namespace) -> int:
+    return options.rounds or (2 if options.quick else 60)
 
 
 def _rows(options: Namespace, progress: Progress) -> list[Row]:
@@ -58,8 +65,8 @@ def _rows(options: Namespace, progress: Progress) -> list[Row]:
         for x in [torch.float32, *[dtype] * mixed]
         for shape in shapes
     ]
-    rounds = options.rounds or (2 if options.quick else 60)
-    progress.expect(len(cases) + 1, (len(PASSES) * len(cases) + 1) * rounds)
+    rounds = _rounds(options)
+    progress.expect(len(cases) + 2, (len(PASSES) * len(cases) + 1) * rounds + 1)
     timing.keep_freed_memory()
     with low_precision_layernorm():
         pass  # "inert" comes after a block
@@ -107,8 +114,20 @@ def _block_row(device: torch.device, rounds: int, progress: Progress) -> Row:
     return Row(case, ours.name, {f"/ {autocast.name}": ours.over(autocast)})
 
 
+def _host_rows(rounds: int, progress: Progress) -> list[Row]:
+    """Time the host's part of a small call, by each backend, in a process of its own."""
+    progress.case("host")
+    try:
+        rows = [Row(**row) for row in host.measure(rounds)]
+    except RuntimeError as error:
+        case = {"pass": "kernels stubbed out"}
+        rows = [Row(case, f"lowered ({name})", reason=str(error)) for name in host.NAMES]
+    progress.update()
+    return rows
+
+
 class Layer:
-    """A LayerNorm, what it gets, and what it should give."""
+    """A LayerNorm, its input, and the exact output and gradients."""
 
     def __init__(
         self,
@@ -131,9 +150,9 @@ class Layer:
     def errors(
         self, contender: Contender, run: Callable[[Tensor], Tensor]
     ) -> tuple[torch.dtype, dict[str, float]]:
-        """Run `run` as the contender does: the output's dtype; errors of output and gradients.
+        """Return the dtype of the contender's output, and the errors of output and gradients.
 
-        Relative, against float64; of the output once rounded to the autocast dtype.
+        They are relative, against float64. The output is rounded to the autocast dtype first.
         """
         with self._context(contender):
             got = _results(run, self.module, self.x, self.upstream)
@@ -144,11 +163,11 @@ class Layer:
     def check(
         self, group: Sequence[Contender]
     ) -> tuple[dict[Contender, dict[str, Figure]], dict[Contender, str]]:
-        """Output dtype and errors of the contenders that are right, and why the others are not.
+        """Return the output dtype and errors of the right contenders, and why the others are wrong.
 
-        The autocast dtype explains errors of four roundings, and in the gradients of the parameters
-        half more than the error of PyTorch's own kernel in that dtype, if that is more: on CPU it
-        sums them in that dtype, and is off by 0.05 to 0.08 at 4096 rows, most in one thread.
+        The limit is four roundings to the autocast dtype. For the gradients of the parameters it is
+        half more than the error of PyTorch's own kernel in that dtype, if that is more: on CPU the
+        kernel sums them in that dtype, and is off by 0.05 to 0.08 at 4096 rows.
         """
         limits = {n: 1.5 * error for n, error in self.errors(RECIPE, self.module)[1].items()}
         four = 4 * torch.finfo(self.autocast).eps
@@ -163,7 +182,7 @@ class Layer:
         return contenders.sift(group, figures)
 
     def entry(self, contender: Contender, backward: bool) -> Entry:
-        """A contender that has passed `check`, and the call that is timed."""
+        """Return the entry of a contender that has passed `check`, with the call that is timed."""
         context = functools.partial(self._context, contender)
         run, x, parameters = self.module, self.x, list(self.module.parameters())
         with context():
@@ -185,7 +204,7 @@ class Layer:
 def _results(
     run: Callable[[Tensor], Tensor], module: torch.nn.Module, x: Tensor, upstream: Tensor
 ) -> dict[str, Tensor]:
-    """Output, and gradients of x and of the parameters of `module`, by name."""
+    """Return the output, and the gradients of x and of the parameters of `module`, by name."""
     x = x.detach().requires_grad_()
     y = run(x)
     inputs = {"x": x, **dict(module.named_parameters())}

@@ -1,4 +1,4 @@
-"""The contenders: the ways of running the norms of a module, and why one has no figures."""
+"""The contenders: the ways of running the norms of a module."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class StockLayerNorm(torch.nn.LayerNorm):
 
 
 class WrongResult(Exception):
-    """A contender does not do what it is there for, or not as precisely."""
+    """A contender runs stock where it should not, or is less precise than allowed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Contender:
     def gives(
         self, dtypes: Iterable[torch.dtype], autocast: torch.dtype, exempt: bool = False
     ) -> str:
-        """The dtypes that its LayerNorms gave, in words. Ours must not run stock, if not exempt."""
+        """Return the dtypes of its norms' outputs, in words. If ours has run stock, raise."""
         words = ", ".join(sorted(set(map(short, dtypes)))) or "nothing"
         if self.backend is not None and words != short(autocast) and not exempt:
             raise WrongResult(f"it should give {short(autocast)} and gives {words}")
@@ -54,10 +54,10 @@ class Contender:
 
     @contextlib.contextmanager
     def applied(self, module: torch.nn.Module) -> Iterator[None]:
-        """Have this contender run the norms of `module`.
+        """Let this contender run the norms of `module`.
 
-        They keep their parameters and change their class, as in `apply_low_precision_layernorm`,
-        so that all contenders run the same module.
+        The norms keep their parameters and change their class, as in
+        `apply_low_precision_layernorm`, so that all contenders run the same module.
         """
         classes: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
         if self.layer_norm is not None:
@@ -91,7 +91,7 @@ STOCK = Contender("stock")
 
 
 def of_models(mode: str, norms: str) -> list[Contender]:
-    """Those of whole models, eager or compiled: stock, ours by each backend, Composer's recipe."""
+    """Return the contenders of models: stock, ours by each backend, and Composer's recipe."""
     # Compiled code is PyTorch's own, whatever the backend.
     ours = ("native", "fused", "lean") if mode == "eager" else ("native",)
     return [
@@ -104,7 +104,7 @@ def of_models(mode: str, norms: str) -> list[Contender]:
 def sift(
     contenders: Iterable[Contender], check: Callable[[Contender], _Passed]
 ) -> tuple[dict[Contender, _Passed], dict[Contender, str]]:
-    """What `check` gives for those that pass it, and why the others cannot be measured."""
+    """Return the result of `check` for each contender that passes, and the others' reasons."""
     passed: dict[Contender, _Passed] = {}
     reasons: dict[Contender, str] = {}
     for contender in contenders:
@@ -120,7 +120,7 @@ def sift(
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm."""
+    """Return the norm of the difference over the norm of `exact`."""
     return float((value.detach().double() - exact).norm() / exact.norm())
 
 

@@ -1,8 +1,9 @@
 """The kernels of `fused` and `lean` as operators that compute shapes alone, for `bench count`.
 
-They read and write what the kernels read and write, and an autograd function keeps of them what
-`lean` and `fused` keep, with weights and rows as those of a new model: every feature can be
-recovered. A backend like those of other packages, so that nothing in ours is replaced.
+The operators have the arguments and results of the kernels, and an autograd function keeps the same
+tensors as `FusedNorm` for the weights and rows of a new model, where every feature can be
+recovered. They are backends like those of other packages, so that nothing of this package is
+replaced.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lpln_autopatch.backends.fused.recovery import Recovery, can_count
 from lpln_autopatch.backends.protocol import Affine, Shape
 
 NAMES = {"fused": "counted_fused", "lean": "counted_lean"}
-"""What `backend` the kernels are counted by, for each backend."""
+"""The name of the backend that counts the kernels of each backend."""
 
 _MULTIPROCESSORS = 108  # of an A100
 
@@ -101,7 +102,7 @@ class _Counted(torch.autograd.Function):
         kept, weight, statistics, *rest = ctx.saved_tensors
         bias, slots = rest[:2] if rest else (None, None)
         wanted, features = ctx.needs_input_grad[:3], kept.shape[-ctx.n_dims :]
-        _, programs = grid.backward(statistics.shape[1], features.numel(), _MULTIPROCESSORS)
+        _, programs, _ = grid.backward(statistics.shape[1], features.numel(), _MULTIPROCESSORS)
         dx, *partials = _operators().backward(
             dy, kept, weight, bias, statistics, slots, ctx.dtypes[0], wanted[0],
             programs * any(wanted[1:]), features.numel(),
@@ -114,7 +115,7 @@ class _Counted(torch.autograd.Function):
 
 
 class _Operators:
-    """The kernels. What is counted is the bytes of their arguments and of their results."""
+    """The kernels as operators. The bytes of their arguments and of their results are counted."""
 
     def __init__(self) -> None:
         for kernel in (self.slots, self.forward, self.backward, self.reduce):
@@ -196,7 +197,7 @@ class _Finder(DistributionFinder):
 
 @contextlib.contextmanager
 def named() -> Iterator[None]:
-    """Have the backends `NAMES` found, as those of an installed package are."""
+    """Let the backends `NAMES` be found, like those of an installed package."""
     finder = _Finder()
     sys.meta_path.append(finder)
     try:

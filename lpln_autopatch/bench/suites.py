@@ -1,4 +1,4 @@
-"""`python -m lpln_autopatch bench`: its options, the suites, and what is printed and written."""
+"""`python -m lpln_autopatch bench`: its options, the suites, and their output."""
 
 from __future__ import annotations
 
@@ -38,10 +38,9 @@ QUICK = "--quick shows that it runs. Its figures mean nothing."
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the suites that `argv` names, print their tables, and write what it asks for.
+    """Run the suites that `argv` names, print their tables, and write the files that it names.
 
-    Whatever is wrong before anything has been measured ends the process with one line and a status
-    of 1 or 2.
+    An error before the first measurement ends the process with one line and a status of 1 or 2.
     """
     options = parse(argv)
     refuse_without_extra(options)
@@ -51,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     above = "\n".join(f"{name:8} {value}" for name, value in about.items())
     above += f"\n{QUICK}" * options.quick
     measured: dict[str, list[results.Row]] = {}
-    # Each suite is shown and written when it ends: whoever interrupts the next one keeps it.
+    # Each suite is shown and written when it ends, so that an interrupt of the next one loses less.
     for suite in options.suites:
         module = import_module(f"lpln_autopatch.bench.{suite}")
         with contextlib.closing(Progress(suite)) as progress:
@@ -80,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A parser's type: a number from `least` on."""
+    """Return a parser's type for numbers from `least` on."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -91,7 +90,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def parse(argv: Sequence[str]) -> Namespace:
-    """The options, None where a suite has a default of its own; the suites in their order."""
+    """Return the options, with the suites in order; None where a suite has its own default."""
     parser = Parser(
         prog="python -m lpln_autopatch bench",
         description="Measure norms, stock and lowered.",
@@ -175,7 +174,7 @@ def _refuse_suites(parser: Parser, options: Namespace, suites_of: dict[str, list
 
 
 def _refuse_files(parser: Parser, options: Namespace) -> None:
-    """Before anything is measured: files that cannot be written then."""
+    """Refuse a file that cannot be written, before anything is measured."""
     for file in filter(None, (options.json, options.plot)):
         if not file.absolute().parent.is_dir():
             parser.error(f"{file}: there is no such folder")
@@ -188,7 +187,7 @@ def _refuse_files(parser: Parser, options: Namespace) -> None:
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name. Exits with one line if there is none, or LayerNorm is patched."""
+    """Return the device of that name. If there is none, or LayerNorm is patched, exit."""
     try:
         device = torch.empty(0, device=name).device  # with its index
         torch.empty(0, device=device).cpu()
@@ -207,7 +206,7 @@ def refuse_without_extra(options: Namespace) -> None:
     needed += ["matplotlib"] * bool(options.plot) + ["sklearn"] * bool(options.policy)
     missing = [name for name in needed if find_spec(name) is None]
     message = f"not installed: {', '.join(missing)}. pip install 'lpln_autopatch[bench]'"
-    # Whatever count lacks, a model or its library, is a 2.
+    # For count a missing package is status 2, like a missing model.
     if missing and "count" in options.suites:
         print(message, file=sys.stderr)
         sys.exit(2)
@@ -216,7 +215,7 @@ def refuse_without_extra(options: Namespace) -> None:
 
 
 def environment(device: torch.device, argv: Sequence[str]) -> dict[str, object]:
-    """What the figures hold for: command, date, hardware, versions."""
+    """Return the command, the date, the hardware and the versions of the figures."""
     hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)

@@ -18,14 +18,14 @@ import torch
 from lpln_autopatch.bench.results import Quartiles
 
 TURN_SECONDS, TURN_SECONDS_OF_A_GPU = 0.005, 0.05
-"""About what a turn takes: short against the machine's other business.
+"""The length of a turn, about: short against the machine's other business.
 
-Longer on a GPU, which begins when the host has launched the first call.
+It is longer on a GPU, which begins when the host has launched the first call.
 """
 
 
 class Progress:
-    """How far a suite is: a bar where stderr is a terminal, elsewhere a line for each case."""
+    """The progress of a suite: a bar where stderr is a terminal, elsewhere a line for each case."""
 
     def __init__(self, suite: str) -> None:
         from tqdm import tqdm
@@ -34,12 +34,12 @@ class Progress:
         self.update, self.close = self.bar.update, self.bar.close
 
     def expect(self, cases: int, steps: int) -> None:
-        """The suite has so many cases, and calls `update` so many times."""
+        """Expect so many cases, and so many calls of `update`."""
         self.cases, self.begun = cases, 0
         self.bar.reset(steps)
 
     def case(self, *aspects: object) -> None:
-        """The next case begins."""
+        """Begin the next case."""
         self.begun += 1
         name = ", ".join(map(str, [self.suite, *aspects]))
         self.bar.set_description_str(name)
@@ -47,7 +47,7 @@ class Progress:
             print(f"{name} ({self.begun} of {self.cases})", file=sys.stderr)
 
     def step(self, name: str) -> None:
-        """A step of the case begins: the bar names it."""
+        """Begin a step of the case, which the bar names."""
         self.bar.set_postfix_str(name)
         self.bar.update()
 
@@ -62,7 +62,7 @@ class Entry:
     seconds: list[float] = dataclasses.field(default_factory=list)  # of a call, for each round
 
     def over(self, other: Entry) -> Quartiles:
-        """The rounds' own ratios to `other`: what slows a whole round falls out."""
+        """Return the quartiles of the rounds' own ratios: a slow round slows both."""
         ratios = [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
         return Quartiles(*statistics.quantiles(ratios, n=4, method="inclusive"))
 
@@ -80,8 +80,8 @@ def interleave(
 
     Each round has an order of its own, the same in every run: what an entry leaves in caches and
     allocators meets every other. In each turn one call goes before the clock starts, and the clock
-    stops when `device` has done all that the turn launched. On one thread of a CPU it is that of
-    the thread, which other processes do not make longer.
+    stops when `device` has done all that the turn launched. On one thread of a CPU the clock is
+    the thread's own, which other processes do not make longer.
     """
     on_one_thread = device.type == "cpu" and torch.get_num_threads() == 1
     is_fine = time.get_clock_info("thread_time").resolution < 1e-6  # on Windows 16 ms
@@ -108,9 +108,9 @@ def interleave(
 
 @contextlib.contextmanager
 def warns_where_it_is_busy(suite: str, device: torch.device) -> Iterator[None]:
-    """Say on stderr if this thread had to wait for a core: its caches were others' meanwhile.
+    """Say on stderr if this thread had to wait for a core, where others filled its caches.
 
-    Not where it waits for a device other than the CPU.
+    It says nothing where the thread waits for another device.
     """
     wall, own = time.perf_counter(), time.thread_time()
     yield
@@ -124,7 +124,7 @@ def warns_where_it_is_busy(suite: str, device: torch.device) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse large blocks: a page fault for every 4 KiB would hide the difference."""
+    """Let glibc reuse large blocks: a page fault for every 4 KiB would hide the differences."""
     m_trim_threshold, m_mmap_max = -1, -4
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -1,7 +1,7 @@
 """LayerNorm and RMSNorm in Triton kernels: the backends "fused" and "lean".
 
 x is read once in its own dtype, y is written once in the autocast dtype, and nothing is cast
-outside of the kernels. The two differ in what they keep for backward: `function.py` says what.
+outside of the kernels. The two keep different tensors for backward, which `function.py` names.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from lpln_autopatch.backends.protocol import Affine, Backend, Shape
 
 MAX_FEATURES = 65536
 """The longest row that the kernels take, in elements."""
+
+_HAS_KERNELS = TORCH_VERSION >= (2, 6) and torch.version.hip is None
 
 _logger = logging.getLogger("lpln_autopatch")
 
@@ -87,7 +89,7 @@ class Fused:
 
     def _say_why(self, x: Tensor) -> None:
         if not _runs_on(x):
-            where = "torch before 2.6" if TORCH_VERSION < (2, 6) else x.device.type
+            where = x.device.type if _HAS_KERNELS else "torch before 2.6 and on ROCm"
             _say_once(f"backend {self._name!r}: its kernels do not run on {where}: it is native")
 
 
@@ -101,12 +103,12 @@ lean = Fused("lean", lean=True)
 
 
 def load(backend: Backend) -> Backend:
-    """Return `backend`, if Triton is here, or needed by nobody.
+    """Return `backend`.
 
     Raises:
-        ImportError: Triton cannot be imported. What to do.
+        ImportError: the kernels could run here, but Triton cannot be imported.
     """
-    if _has_kernels():
+    if _HAS_KERNELS:
         try:
             launcher()
         except ImportError as error:
@@ -119,19 +121,15 @@ def load(backend: Backend) -> Backend:
 
 def why_native() -> str:
     """Return why the kernels cannot run in this process, or "" if they can."""
-    if not _has_kernels():
+    if not _HAS_KERNELS:
         return "native: the kernels need torch 2.6 or later, and not ROCm"
-    if not (launcher().INTERPRETED or torch.cuda.is_available()):
+    if not (launcher().takes_cpu() or torch.cuda.is_available()):
         return "native: there is no CUDA device"
     return ""
 
 
-def _has_kernels() -> bool:
-    return TORCH_VERSION >= (2, 6) and torch.version.hip is None
-
-
 def _runs_on(x: Tensor) -> bool:
-    return _has_kernels() and (x.is_cuda or (x.is_cpu and launcher().INTERPRETED))
+    return _HAS_KERNELS and (x.is_cuda or (x.is_cpu and launcher().takes_cpu()))
 
 
 def takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine) -> bool:
@@ -149,6 +147,6 @@ def takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine) -> bool:
     )
 
 
-# Dynamo is not to look for graphs in any of this: code that it compiles takes another way.
+# Dynamo must not look for graphs in these functions: code that it compiles is native's.
 for _function in (Fused.__call__, Fused.rms_norm):
     never_a_frame_of_its_own(_function, nor_what_it_calls=True)

@@ -27,7 +27,7 @@ def norm_backward(
     b_bias, b_inverse, b_slot = tiles.load_recovery(
         p_weight, p_bias, p_slots, b_columns, N, rounding, smallest
     )
-    # Over the rows of a tile it is summed up at the end, once: threads then wait for each other.
+    # The rows of a tile are summed up once, at the end: the sum makes threads wait for each other.
     b_dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     b_dbias = tl.zeros((ROWS, BLOCK), tl.float32)
     step = tl.num_programs(0) * ROWS
@@ -76,41 +76,24 @@ def norm_backward_looped(
         b_along_ones = tl.zeros((ROWS,), tl.float32)
         if p_dx is not None:
             for begin in tl.range(0, N, BLOCK, num_stages=STAGES):
-                b_columns = begin + tl.arange(0, BLOCK)
-                m_tile = (b_rows < M)[:, None] & (b_columns < N)[None, :]
-                b_weight = tiles.load_parameter(p_weight, b_columns, N, 1.0)
-                b_bias, b_inverse, b_slot = tiles.load_recovery(
-                    p_weight, p_bias, p_slots, b_columns, N, rounding, smallest
-                )
-                b_xhat = tiles.load_xhat(
-                    p_kept, p_statistics, b_bias, b_inverse, b_slot, p_slots, p_reserved,
-                    b_rows, b_columns, m_tile, M, RESERVED,
-                    x_inner, x_outer_stride, x_inner_stride, CENTRED, IS_X,
+                b_columns, m_tile, b_xhat, b_dy, b_g = _load_block(
+                    p_kept, p_weight, p_bias, p_dy, p_statistics, p_slots, p_reserved,
+                    b_rows, begin, M, N, RESERVED, rounding, smallest,
+                    x_inner, x_outer_stride, x_inner_stride,
+                    dy_inner, dy_outer_stride, dy_inner_stride, CENTRED, IS_X, BLOCK,
                 )  # fmt: skip
-                b_dy = tiles.load(
-                    p_dy, b_rows, b_columns, m_tile, dy_inner, dy_outer_stride, dy_inner_stride
-                )
-                b_g = b_dy * b_weight
                 b_along_xhat += tl.sum(b_xhat * b_g, 1) / N
                 if CENTRED:
                     b_along_ones += tl.sum(b_g, 1) / N
         for begin in tl.range(0, N, BLOCK, num_stages=STAGES):
-            b_columns = begin + tl.arange(0, BLOCK)
-            m_tile = (b_rows < M)[:, None] & (b_columns < N)[None, :]
-            b_weight = tiles.load_parameter(p_weight, b_columns, N, 1.0)
-            b_bias, b_inverse, b_slot = tiles.load_recovery(
-                p_weight, p_bias, p_slots, b_columns, N, rounding, smallest
-            )
-            b_xhat = tiles.load_xhat(
-                p_kept, p_statistics, b_bias, b_inverse, b_slot, p_slots, p_reserved,
-                b_rows, b_columns, m_tile, M, RESERVED,
-                x_inner, x_outer_stride, x_inner_stride, CENTRED, IS_X,
+            b_columns, m_tile, b_xhat, b_dy, b_g = _load_block(
+                p_kept, p_weight, p_bias, p_dy, p_statistics, p_slots, p_reserved,
+                b_rows, begin, M, N, RESERVED, rounding, smallest,
+                x_inner, x_outer_stride, x_inner_stride,
+                dy_inner, dy_outer_stride, dy_inner_stride, CENTRED, IS_X, BLOCK,
             )  # fmt: skip
-            b_dy = tiles.load(
-                p_dy, b_rows, b_columns, m_tile, dy_inner, dy_outer_stride, dy_inner_stride
-            )
             if p_dx is not None:
-                b_dx = b_dy * b_weight - b_xhat * b_along_xhat[:, None] - b_along_ones[:, None]
+                b_dx = b_g - b_xhat * b_along_xhat[:, None] - b_along_ones[:, None]
                 tiles.store(p_dx, b_dx * b_rstd[:, None], b_rows, b_columns, m_tile, N)
             if p_partials is not None:  # a row is too long to sum up in registers
                 p_own = p_partials + tl.program_id(0) * N + b_columns
@@ -122,6 +105,29 @@ def norm_backward_looped(
                 tl.store(p_own, b_dbias, b_columns < N)
         # What one thread has stored may be another's to add to in the next tile.
         tl.debug_barrier()
+
+
+@triton.jit
+def _load_block(
+    p_kept, p_weight, p_bias, p_dy, p_statistics, p_slots, p_reserved,
+    b_rows, begin, M, N, RESERVED, rounding, smallest,
+    x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
+    CENTRED: tl.constexpr, IS_X: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Load a block of long rows: its columns and mask, xhat, dy, and g = dy * weight."""
+    b_columns = begin + tl.arange(0, BLOCK)
+    m_tile = (b_rows < M)[:, None] & (b_columns < N)[None, :]
+    b_bias, b_inverse, b_slot = tiles.load_recovery(
+        p_weight, p_bias, p_slots, b_columns, N, rounding, smallest
+    )
+    b_xhat = tiles.load_xhat(
+        p_kept, p_statistics, b_bias, b_inverse, b_slot, p_slots, p_reserved,
+        b_rows, b_columns, m_tile, M, RESERVED,
+        x_inner, x_outer_stride, x_inner_stride, CENTRED, IS_X,
+    )  # fmt: skip
+    b_dy = tiles.load(p_dy, b_rows, b_columns, m_tile, dy_inner, dy_outer_stride, dy_inner_stride)
+    b_g = b_dy * tiles.load_parameter(p_weight, b_columns, N, 1.0)
+    return b_columns, m_tile, b_xhat, b_dy, b_g
 
 
 @triton.jit(do_not_specialize=["programs"])

@@ -5,15 +5,15 @@ its one read to its one write; the `_looped` kernels go over a longer row in blo
 is read in its own dtype, computed with in float32, and rounded once, on writing.
 
 In the names of arguments and variables, p_ is a pointer, b_ a block in registers, m_ a mask. A
-pointer that is None stands for a tensor that is not there: no weight, or a result that is not
-wanted. Arguments that several kernels share:
+pointer is None where there is no such tensor: no weight, or a result that is not wanted. Arguments
+that several kernels share:
     M, N: Rows, and features in each.
     CENTRED: A LayerNorm subtracts the mean; an RMSNorm does not.
     p_statistics: float32, shape (1, M) or (2, M): 1 / sqrt(variance + eps), and the mean.
     p_kept: xhat = (x - mean) / sqrt(variance + eps), rounded.
-    p_slots: int32, shape (N,): where backward finds the xhat of each feature. `recovery.py` says
-        why. A slot that is not negative: rounded, in that element of the row of p_reserved, shape
-        (M, RESERVED). tiles.IN_Y: in y. tiles.IN_KEPT: in what is kept.
+    p_slots: int32, shape (N,): the place of the xhat of each feature, for `recovery.py`. From 0 on:
+        rounded, in that element of the row of p_reserved, shape (M, RESERVED). tiles.IN_Y: in y.
+        tiles.IN_KEPT: in the kept tensor.
     p_counts: int32, shape (2,): features that cannot be recovered from y, and rows.
     x_inner, x_outer_stride, x_inner_stride: row r begins at element
         (r // inner) * outer_stride + (r % inner) * inner_stride.

@@ -31,16 +31,16 @@ _TWICE = (
 @functools.cache
 def launcher() -> Any:
     """Import the module that launches the kernels."""
-    # Not at the top: Triton is optional, and takes a while to import.
+    # It is imported here, not at the top: Triton is optional, and takes a while to import.
     return importlib.import_module("lpln_autopatch.backends.fused.launch")
 
 
 class FusedNorm(torch.autograd.Function):
-    """A norm in one kernel forward, and one pass over what is kept and dy backward.
+    """A norm in one kernel forward, and one pass over dy and the kept tensor backward.
 
-    Kept for backward are two float32 for each row, or one, and x, xhat = (x - mean) / std in the
-    autocast dtype, or y: x if it has a low precision, else xhat; y in place of both if `lean` can
-    recover xhat from it.
+    It keeps one tensor for backward, and one or two float32 numbers a row. `fused` keeps x if it
+    has a low precision, and else xhat = (x - mean) / std in the autocast dtype. `lean` keeps y if
+    it can recover xhat from it, and else what `fused` keeps.
     """
 
     @staticmethod
@@ -63,13 +63,13 @@ class FusedNorm(torch.autograd.Function):
         if lean and not is_xhat and rules.can_count(weight):
             y, kept, statistics, recovery = _keep_y(arguments, rows)
         elif lean and is_xhat:
-            statistics = x.new_empty((1, rows), dtype=torch.float32)
+            statistics = x.new_empty(1, rows, dtype=torch.float32)
             kept = y = launcher().forward(*arguments, statistics)
         elif x.dtype is torch.float32:
             y, kept, statistics = _keep_xhat(arguments, rows, None)
         else:
             kept = x
-            statistics = x.new_empty((1 + centred, rows), dtype=torch.float32)
+            statistics = x.new_empty(1 + centred, rows, dtype=torch.float32)
             y = launcher().forward(*arguments, statistics)
         if recovery is None:
             ctx.save_for_backward(kept, weight, statistics)
@@ -81,7 +81,7 @@ class FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients: of the kernels, or in operators where these cannot run."""
+        """Compute the gradients in the kernels, or in operators where these cannot run."""
         kept, weight, statistics, *rest = ctx.saved_tensors
         bias, recovery = None, None
         if rest:
@@ -108,18 +108,18 @@ def _keep_xhat(
     arguments: tuple[Any, ...], rows: int, *recovery: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, dtype = arguments[0], arguments[5]
-    statistics = x.new_empty((1, rows), dtype=torch.float32)
+    statistics = x.new_empty(1, rows, dtype=torch.float32)
     xhat = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     return launcher().forward(*arguments, statistics, xhat, *recovery), xhat, statistics
 
 
 def _keep_y(arguments: tuple[Any, ...], rows: int) -> tuple[Tensor, Tensor, Tensor, Recovery]:
-    """Run a call of `lean`: y, what is kept, statistics and recovery."""
+    """Run a call of `lean`. Return y, the kept tensor, statistics and recovery."""
     launch = launcher()
     x, _, weight, bias, _, dtype, _ = arguments
     recovery = Recovery.empty(weight, rows, dtype)
     slots = recovery.reserved.shape[1]
-    late = rules.arrive_late(weight)
+    late = launch.COUNTS_ARRIVE_LATE
     tally = rules.tallies().get(weight) if late else None
     counts = x.new_empty(2, dtype=torch.int32) if tally is None else tally.counts
     choose = functools.partial(
@@ -128,7 +128,7 @@ def _keep_y(arguments: tuple[Any, ...], rows: int) -> tuple[Tensor, Tensor, Tens
     keeps_y = tally is None or tally.allows_y(slots)
     choose(keeps_y)
     if keeps_y:
-        statistics = x.new_empty((1, rows), dtype=torch.float32)
+        statistics = x.new_empty(1, rows, dtype=torch.float32)
         kept = y = launch.forward(*arguments, statistics, None, recovery, counts)
     else:
         y, kept, statistics = _keep_xhat(arguments, rows, recovery, counts)
@@ -143,20 +143,23 @@ def _keep_y(arguments: tuple[Any, ...], rows: int) -> tuple[Tensor, Tensor, Tens
 
 
 def _kernels_take(*tensors: Tensor | None) -> bool:
-    """Return True if the kernels can run on what autograd hands to backward."""
+    """Return True if the kernels can run on the tensors that autograd hands to backward."""
     # Compiled autograd traces backward.
     if is_compiling() or forward_mode_is_on() or something_intercepts_operators():
         return False
     for i, t in enumerate(tensors):
-        # Hooks on saved tensors may give back anything of the right shape. Kernels know the strides
-        # of the first two, dy and what is kept.
+        # Hooks on saved tensors may give back anything of the right shape. The kernels know the
+        # strides of the first two tensors, dy and the kept one.
         if t is not None and not (is_what_lies_in_memory(t) and (i < 2 or t.is_contiguous())):
             return False
     return True
 
 
 def is_what_lies_in_memory(tensor: Tensor) -> bool:
-    """Return False for a subclass, a negative view, a zero without memory, a batch, ..."""
+    """Return True if the memory of `tensor` holds its values.
+
+    It does not for a subclass, a negative view, a zero without memory, and a batch of vmap.
+    """
     if type(tensor) not in gradients.PLAIN:
         return False
     return torch._C._dispatch_keys(tensor).raw_repr() in _plain_keys(tensor.is_cuda)
@@ -184,7 +187,7 @@ def _from_x(x: Tensor, n_dims: int, eps: float, centred: bool) -> tuple[Tensor, 
 def _recovered(
     kept: Tensor, weight: Affine, bias: Affine, recovery: Recovery | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return what the kernels take for xhat, in float32."""
+    """Return xhat in float32, recovered as in the kernels."""
     if recovery is None or weight is None:
         return kept.float()
     slots, limits = recovery.slots.long(), torch.finfo(dtype)
@@ -206,9 +209,9 @@ def _gradients(
     wanted: Sequence[bool],
     centred: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the gradients of x, weight and bias in operators that know their own derivatives.
+    """Compute the gradients of x, weight and bias in operators that can be differentiated again.
 
-    In float32: autograd casts each to its tensor's dtype.
+    They are float32, and autograd casts each to its tensor's dtype.
     """
     dims, shape = tuple(range(-n_dims, 0)), xhat.shape[-n_dims:]
     dy = dy.float()
@@ -226,5 +229,5 @@ def _gradients(
     return dx, dweight, dbias
 
 
-# Dynamo is not to look for graphs in any of this: code that it compiles takes another way.
+# Dynamo must not look for graphs here: code that it compiles is native's.
 never_a_frame_of_its_own(FusedNorm.backward, nor_what_it_calls=True)

@@ -1,4 +1,4 @@
-"""On which tiles the kernels work, and how many programs: arithmetic, without Triton."""
+"""The tiles on which the kernels work, and the number of programs: arithmetic, without Triton."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Tile:
     """The tile that a program works on.
 
     Attributes:
-        rows: Of the tile.
-        block: Features that are held at once.
-        warps: That work on it.
-        looped: Whether a row is longer than the block.
+        rows: Its rows.
+        block: The features that it holds at once.
+        warps: The warps that work on it.
+        looped: True if a row is longer than the block.
     """
 
     rows: int
@@ -45,19 +45,22 @@ def tile(n: int, of_long_rows: tuple[int, int]) -> Tile:
 
 
 def stages(tile: Tile, loads_recovery: bool) -> int:
-    """Return the stages of backward's loops over tiles: the next ones are loaded meanwhile.
+    """Return the stages of backward's loops over tiles: how many tiles are loaded at once.
 
-    What a loop over a row loads, bias and slots too, has to fit into 99 KB, where smaller GPUs
-    hold it.
+    The tiles that a loop loads, with bias and slots, have to fit into 99 KB of shared memory,
+    which is all that smaller GPUs have.
     """
     return 3 if tile.rows * tile.block <= 4096 and not (tile.looped and loads_recovery) else 2
 
 
 @functools.lru_cache(1024)
-def backward(m: int, n: int, multiprocessors: int) -> tuple[Tile, int]:
-    """Return the tile of backward for `m` rows of `n` features, and the number of programs."""
+def backward(
+    m: int, n: int, multiprocessors: int, loads_recovery: bool = False
+) -> tuple[Tile, int, int]:
+    """Return the tile of backward for `m` rows of `n` features, the programs and the stages."""
     of = tile(n, LOOPED_BACKWARD)
     if m < of.rows * multiprocessors:
         of = dataclasses.replace(of, rows=1)
     at_once = _LOOPED_WARPS_PER_MULTIPROCESSOR if of.looped else _WARPS_PER_MULTIPROCESSOR
-    return of, min(-(-m // of.rows), multiprocessors * (at_once // of.warps))
+    programs = min(-(-m // of.rows), multiprocessors * (at_once // of.warps))
+    return of, programs, stages(of, loads_recovery)

@@ -1,18 +1,22 @@
-"""How backward gets xhat = (x - mean) / std where no x is kept.
+"""The rules by which backward recovers xhat = (x - mean) / std where no x is kept.
 
 y = xhat * weight + bias, and the next layer keeps the output y anyway. So xhat = (y - bias) /
-weight. y is rounded to the autocast dtype, which leaves an error of eps * |y / weight| in xhat: too
-much where weight is small beside bias, everything where it is 0, and too much beside an xhat that
-is small itself, as in a row whose variance is below eps. Three rules keep the gradients right:
+weight. The rounding of y leaves an error of eps * |y / weight| in xhat. That is too much where
+weight is small beside bias, and in a row whose variance is below eps, where xhat itself is small.
+Where weight is 0 nothing of xhat is left. Three rules keep the gradients right:
 
-1. A feature that cannot be recovered gets a slot, if there is one: its xhat is kept. There is one
-   for every 32 features. The device chooses, from the weights of this very call.
+1. A feature that cannot be recovered gets a slot, if there is one: its xhat is kept. There is a
+   slot for every 32 features. The device chooses them, from the weights of this very call.
 2. Where more features than that cannot be recovered, or more than one row of 32 is small, xhat is
-   kept in place of y. To know, the device counts both. The first call with a parameter waits for
-   the counts, and runs again if they are too high. A later one takes the counts that have arrived
-   from an earlier call, and sends for its own. (In the interpreter every call waits.)
-3. xhat is kept, too, wherever counts help nobody: for a weight that is no `torch.nn.Parameter`, and
-   while a CUDA graph is captured, which could not change its mind.
+   kept in place of y. The device counts both. The first call with a parameter waits for its counts,
+   and runs again if they are too high. A later call takes the counts that have arrived from an
+   earlier one, and asks for its own. (In the interpreter every call waits.)
+3. xhat is kept, too, where no later call could use counts: for a weight that is no
+   `torch.nn.Parameter`, and while a CUDA graph is captured.
+
+The device alone cannot decide between y and xhat. The host tells autograd which tensor to keep, and
+allocates it, before the kernels have run. A reserve for rows, like that for features, would need no
+count, but a batch of small rows alone would not fit into it.
 
 Source:
     NVIDIA apex, `memory_efficient` (pull request 1715); differs in: these rules. apex divides by
@@ -34,21 +38,21 @@ WORST_RATIO = 5
 """xhat can be recovered where |bias| is at most this many times |weight|: dweight is 1 % off."""
 
 FEATURES_PER_SLOT = 32
-"""Of so many features the xhat of one is kept beside y."""
+"""There is one slot for this many features."""
 
 ROWS_PER_SMALL_ONE = 32
-"""Of so many rows one may be small: of its share in dweight little is left, and of dweight all."""
+"""One row of this many may be small: its own share in dweight is noise, and dweight is right."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recovery:
-    """Where backward finds the xhat of each feature.
+    """The place where backward finds the xhat of each feature.
 
     Attributes:
-        slots: int32, shape (N,). Not negative: in that column of `reserved`. -1: recovered from y.
-            -2: in what is kept, which is xhat itself. Nothing else says which of the two is kept:
-            non-reentrant checkpointing runs forward again, when other counts may have arrived, and
-            hands what that keeps to the backward of the first run.
+        slots: int32, shape (N,). From 0 on: in that column of `reserved`. -1: recovered from y.
+            -2: in the kept tensor, which is xhat itself. Nothing else tells backward whether y or
+            xhat is kept: non-reentrant checkpointing runs forward again, when other counts may have
+            arrived, and hands its tensors to the backward of the first run.
         reserved: Columns of xhat, shape (M, ceil(N / FEATURES_PER_SLOT)), in the dtype of y.
     """
 
@@ -57,12 +61,11 @@ class Recovery:
 
     @classmethod
     def empty(cls, weight: Tensor, rows: int, dtype: torch.dtype) -> Recovery:
-        """Allocate one for `rows` rows of a y in `dtype`."""
+        """Allocate the memory for `rows` rows of a y in `dtype`."""
         features = weight.numel()
-        return cls(
-            weight.new_empty(features, dtype=torch.int32),
-            weight.new_empty((rows, -(-features // FEATURES_PER_SLOT)), dtype=dtype),
-        )
+        # Numbers and no tuples, which take `new_empty` twice as long.
+        slots = weight.new_empty(features, dtype=torch.int32)
+        return cls(slots, weight.new_empty(rows, -(-features // FEATURES_PER_SLOT), dtype=dtype))
 
 
 @dataclasses.dataclass
@@ -71,8 +74,8 @@ class Tally:
 
     Attributes:
         counts: int32, shape (2,): features that need a slot, and small rows. The kernels write it.
-        arrived: A copy on the host, of one call or of the next one: it is four bytes a count.
-        rows: Of the call that sent for it.
+        arrived: A copy on the host, of one call or of the next: four bytes a count are never torn.
+        rows: The rows of the call that asked for the copy.
     """
 
     counts: Tensor
@@ -81,21 +84,21 @@ class Tally:
 
     @classmethod
     def first(cls, counts: Tensor, rows: int) -> Tally:
-        """Make one from the first counts of a parameter, for which it waits."""
-        # In memory to which the device can copy while the host goes on.
-        arrived = torch.empty_like(counts, device="cpu", pin_memory=True)
+        """Make a tally of the first counts of a parameter, and wait for them."""
+        # The device can copy to pinned memory while the host goes on.
+        arrived = torch.empty_like(counts, device="cpu", pin_memory=counts.is_cuda)
         return cls(counts, arrived.copy_(counts), rows)
 
     def allows_y(self, slots: int) -> bool:
         """Return True if the next call may keep y.
 
-        The counts may be those of the weights before the last step, and of other rows. So they may
-        be half of what they could be, and others may join.
+        The counts may be of the weights before the last step, and of other rows. So the limits are
+        half of those of `is_recoverable`.
         """
         return is_recoverable(self.arrived, slots // 2, self.rows // 2)
 
     def send(self, rows: int) -> None:
-        """Have the counts copied when the device has them."""
+        """Copy the counts to the host when the device has written them."""
         self.arrived.copy_(self.counts, non_blocking=True)
         self.rows = rows
 
@@ -108,15 +111,10 @@ def is_recoverable(counts: Tensor, slots: int, rows: int) -> bool:
 
 def can_count(weight: Affine) -> bool:
     """Return True if counts of this call can help a later one."""
-    # A new tensor for each call, as a replica's weight is, would wait each time.
+    # A weight that is a new tensor in each call, as a replica's is, would wait each time.
     return isinstance(weight, torch.nn.Parameter) and not (
         weight.is_cuda and torch.cuda.is_current_stream_capturing()
     )
-
-
-def arrive_late(weight: Tensor) -> bool:
-    """Return True if counts take a while from the device to the host."""
-    return weight.is_cuda
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Tiles of rows, as the kernels load, round and store them.
+"""Load, round and store tiles of rows: the functions that the kernels share.
 
 `forward_kernels.py` explains the arguments.
 """
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-"""Whether Triton runs these kernels in NumPy, on CPU tensors, for tests without a GPU."""
+"""True if Triton runs the kernels in NumPy, on CPU tensors, for tests without a GPU."""
 
 IN_Y = tl.constexpr(-1)
 IN_KEPT = tl.constexpr(-2)
@@ -103,7 +103,7 @@ def store_results(
     b_xhat, p_weight, p_bias, p_y, p_kept, p_slots, p_reserved,
     b_rows, b_columns, m_tile, N, RESERVED,
 ):  # fmt: skip
-    """Store y, and for backward xhat: all of it in p_kept, that of some features in p_reserved."""
+    """Store y, and xhat for backward: all features in p_kept, some in p_reserved."""
     b_weight = load_parameter(p_weight, b_columns, N, 1.0)
     b_bias = load_parameter(p_bias, b_columns, N, 0.0)
     store(p_y, b_xhat * b_weight + b_bias, b_rows, b_columns, m_tile, N)
@@ -126,7 +126,7 @@ def store_statistics(p_statistics, b_mean, b_rstd, b_rows, M, WITH_MEAN: tl.cons
 
 @triton.jit
 def count_small(p_counts, b_variance, b_rows, M, eps):
-    """Add the rows whose xhat is small. Whole numbers: the order makes no difference."""
+    """Count the rows whose xhat is small. The order of whole numbers makes no difference."""
     if p_counts is not None:
         m_small = (b_rows < M) & (b_variance < SMALL * eps)
         count = tl.sum(m_small.to(tl.int32), 0)

@@ -1,0 +1,135 @@
+"""The host's time of a small call: kernels are compiled for a GPU, and launched on none.
+
+It runs in a process of its own, where a stand-in is the driver of Triton. The time holds all that
+this package and Triton do in Python for a launch, and neither the launch nor the kernel.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+import types
+from typing import Any
+
+import torch
+
+from lpln_autopatch.bench import timing
+from lpln_autopatch.bench.contenders import Contender
+from lpln_autopatch.bench.results import Quartiles
+
+SHAPE = (8, 64)
+NAMES = ("native", "fused", "lean")
+
+
+def measure(rounds: int) -> list[dict[str, Any]]:
+    """Time the calls in a process of its own.
+
+    Returns:
+        The arguments of `results.Row` for each pass, each dtype of x and each contender.
+
+    Raises:
+        RuntimeError: the process failed. Its last line says why.
+    """
+    command = [sys.executable, "-m", __name__, str(rounds)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.splitlines() or ["no message"])[-1])
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    for row in rows:
+        row["figures"] = {name: Quartiles(**figure) for name, figure in row["figures"].items()}
+    return rows
+
+
+class Driver:
+    """Triton's driver of a GPU that is not there: compute capability 9.0, and it takes CPU tensors.
+
+    Attributes:
+        launched: If it is a list, the metadata and the launcher's arguments of each launch.
+    """
+
+    # No GPU has this number: Triton finds no kernel of another driver.
+    number = 1000
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[Any, tuple[Any, ...]]] | None = None
+        self.utils, self.launcher_cls = self, self._launcher
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132, "warpSize": 32}
+
+    def load_binary(self, *arguments: Any) -> tuple[int, ...]:
+        from triton.compiler import CompiledKernel
+
+        # module, function, registers and spills; until Triton 3.5: no threads
+        threads = "n_max_threads" in inspect.getsource(CompiledKernel._init_handles)
+        return (1, 1, 32, 0, *[1024] * threads)
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+    def _launcher(self, source: Any, metadata: Any) -> Any:
+        def launch(*arguments: Any) -> None:
+            if self.launched is not None:
+                self.launched.append((metadata, arguments))
+
+        return launch
+
+
+def pretend() -> Driver:
+    """Have Triton take the driver, before anything has been launched."""
+    from triton.runtime import driver
+
+    driver.set_active(ours := Driver())
+    return ours
+
+
+def main() -> None:
+    """Print the rows as JSON."""
+    from lpln_autopatch.backends.fused import recovery
+    from lpln_autopatch.bench.call import PASSES, STOCK, Layer
+
+    pretend()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    device, rounds = torch.device("cpu"), int(sys.argv[1])
+    no_progress: Any = types.SimpleNamespace(update=bool)
+    contenders = [STOCK, *(Contender(f"lowered ({name})", backend=name) for name in NAMES)]
+    rows: list[dict[str, Any]] = []
+    for x in (torch.float32, torch.bfloat16):
+        layer = Layer(SHAPE, x, torch.bfloat16, device)
+        for backward, name in PASSES.items():
+            entries = [layer.entry(contender, backward) for contender in contenders]
+            # No kernel has written them: every feature can be recovered, and no row is small.
+            for tally in recovery.tallies().values():
+                tally.counts.zero_()
+                tally.arrived.zero_()
+            timing.interleave(entries, device, rounds, no_progress)
+            stock, native, *_ = entries
+            for entry in entries:
+                others = [other for other in (stock, native) if other is not entry]
+                ratios = {f"/ {other.name}": vars(entry.over(other)) for other in others}
+                case = {"pass": f"{name}, kernels stubbed out", **layer.case}
+                rows.append({"case": case, "contender": entry.name, "figures": ratios})
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
