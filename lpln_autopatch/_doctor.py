@@ -63,9 +63,6 @@ def diagnose() -> dict[str, Any]:
         found["routes"] = _routes()
         found["devices"] = _torch_compat.devices()
         found["backends"] = {name: _backend(name) for name in ("auto", *backends.names())}
-        if found["backends"]["fused"]["usable"] and found["devices"] == ["cpu"]:
-            detail = "there is no GPU here: on a CPU every call goes to native"
-            found["backends"]["fused"] = _finding(False, detail)
         if _autoload.is_set():
             found["problem"] = _problem(found)
     except SystemExit as error:  # zero code refuses a wrong variable so
@@ -101,8 +98,9 @@ def _verdict(found: dict[str, Any]) -> str:
     if precision is None:
         how = "is not set" if value is None else f"is {value!r}"
         return f"LPLN_PRECISION {how}: LayerNorm is as PyTorch has it."
-    norms = " and ".join(_MODULES[norm] for norm in found["norms"])
-    verb = "are" if " " in norms else "is"
+    names = [_MODULES[norm] for norm in found["norms"]]
+    norms = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    verb = "is" if len(names) == 1 and found["norms"] != ("hand_written",) else "are"
     by = f"{found['source']} in this process"
     if found["source"] == "environment":
         by = f"the route {found['acted']}"
@@ -188,7 +186,8 @@ def _backend(name: str) -> dict[str, Any]:
     except (Exception, SystemExit) as error:
         return _finding(False, repr(error) if isinstance(error, SystemExit) else str(error))
     if name in ("fused", "lean"):
-        return _finding(True, backends.fused.why_native())
+        why = backends.fused.why_native()
+        return _finding(not why, why)
     return _finding(True, chosen if chosen != name else "")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from lpln_autopatch import _tables
 from lpln_autopatch._recorder import Recorder, Row, norms_among
-from lpln_autopatch._torch_compat import compiled_code_runs_eagerly, uncompiled
+from lpln_autopatch._torch_compat import compiled_code_runs_eagerly
 from lpln_autopatch.surgery import check_is_module
 
 
@@ -71,7 +71,7 @@ def report(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Report:
             module to exempt.
     """
     check_is_module(model, "report")
-    model = uncompiled(model)
+    model = _uncompiled(model)
     names = {module: name for name, module in model.named_modules()}
     if not args and not kwargs:
         return Report(tuple(norms_among(names)), None)
@@ -87,3 +87,9 @@ def report(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Report:
 # Recorders are taken off in reverse order. The lock is reentrant: a model may report on a part of
 # itself.
 _one_at_a_time = threading.RLock()
+
+
+def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the module from which `torch.compile` made `model`, or `model` itself."""
+    is_compiled = type(model).__module__.startswith("torch._dynamo.")
+    return getattr(model, "_orig_mod", model) if is_compiled else model

@@ -88,6 +88,9 @@ GRAPHS_KEEP_ROUNDED_INPUTS = TORCH_VERSION >= (2, 13)
 # until torch 2.13: no device made in Python; the lists of autocast in other words
 CAN_COUNT = TORCH_VERSION >= (2, 13)
 
+# until torch 2.6: Triton is older than 3.2, which the kernels of `fused` need. Not for ROCm.
+HAS_TRITON_KERNELS = TORCH_VERSION >= (2, 6) and torch.version.hip is None
+
 # until torch 2.2: stock LayerNorm on CPU refuses a low-precision x with float32 parameters.
 CPU_TAKES_MIXED_DTYPES = TORCH_VERSION >= (2, 2)
 
@@ -148,12 +151,6 @@ def traced_like_torchs_own(function: _F, module: types.ModuleType) -> _F:
     function.__code__ = code.replace(co_filename=name)
     linecache.lazycache(name, function.__globals__)
     return function
-
-
-def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the module from which `torch.compile` made `model`, or `model` itself."""
-    is_compiled = type(model).__module__.startswith("torch._dynamo.")
-    return getattr(model, "_orig_mod", model) if is_compiled else model
 
 
 def compiled_code_runs_eagerly() -> AbstractContextManager[Any]:

@@ -976,7 +976,7 @@ def test_where_the_kernels_do_not_run_it_is_native_and_says_so_once(
 ):
     """Before torch 2.6, and on the CPU: native's values, one line in the log, and the doctor's."""
     if where == "torch 2.5":
-        monkeypatch.setattr(fused, "_HAS_KERNELS", False)
+        monkeypatch.setattr(fused, "HAS_TRITON_KERNELS", False)
     elif TORCH_VERSION >= (2, 6):
         monkeypatch.setattr(fused.launcher(), "takes_cpu", lambda: False)
     fused._say_once.cache_clear()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lpln_autopatch._torch_compat import (
-    TORCH_VERSION,
+    HAS_TRITON_KERNELS,
     never_a_frame_of_its_own,
     something_intercepts_operators,
 )
@@ -23,8 +23,6 @@ from lpln_autopatch.backends.protocol import Affine, Backend, Shape
 
 MAX_FEATURES = 65536
 """The longest row that the kernels take, in elements."""
-
-_HAS_KERNELS = TORCH_VERSION >= (2, 6) and torch.version.hip is None
 
 _logger = logging.getLogger("lpln_autopatch")
 
@@ -89,7 +87,7 @@ class Fused:
 
     def _say_why(self, x: Tensor) -> None:
         if not _runs_on(x):
-            where = x.device.type if _HAS_KERNELS else "torch before 2.6 and on ROCm"
+            where = x.device.type if HAS_TRITON_KERNELS else "torch before 2.6 and on ROCm"
             _say_once(f"backend {self._name!r}: its kernels do not run on {where}: it is native")
 
 
@@ -108,7 +106,7 @@ def load(backend: Backend) -> Backend:
     Raises:
         ImportError: the kernels could run here, but Triton cannot be imported.
     """
-    if _HAS_KERNELS:
+    if HAS_TRITON_KERNELS:
         try:
             launcher()
         except ImportError as error:
@@ -121,15 +119,15 @@ def load(backend: Backend) -> Backend:
 
 def why_native() -> str:
     """Return why the kernels cannot run in this process, or "" if they can."""
-    if not _HAS_KERNELS:
-        return "native: the kernels need torch 2.6 or later, and not ROCm"
+    if not HAS_TRITON_KERNELS:
+        return "every call goes to native: the kernels need torch 2.6 or later, and not ROCm"
     if not (launcher().takes_cpu() or torch.cuda.is_available()):
-        return "native: there is no CUDA device"
+        return "on a CPU every call goes to native: there is no CUDA device"
     return ""
 
 
 def _runs_on(x: Tensor) -> bool:
-    return _HAS_KERNELS and (x.is_cuda or (x.is_cpu and launcher().takes_cpu()))
+    return HAS_TRITON_KERNELS and (x.is_cuda or (x.is_cpu and launcher().takes_cpu()))
 
 
 def takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine) -> bool:
