@@ -7,7 +7,10 @@ unset it imports nothing.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 _VARIABLE = "LPLN_PRECISION"
@@ -36,8 +39,6 @@ def _warn_of_mistake() -> None:
     global _warned
     if _warned or not any(name.startswith("LPLN_") for name in os.environ):
         return
-    import sys
-
     from lpln_autopatch._variables import mistake
 
     if sentence := mistake(asks):
@@ -65,12 +66,46 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
     if not is_set():
         return
 
-    import sys
     import threading
 
-    # `import lpln_autopatch.surgery` may be the import that imports torch, and call us by it. That
-    # module is half initialised, and the imports below would find it so. Put it aside: they import
-    # it anew, and `setdefault` at the end gives its importer the new module, too.
+    try:
+        with _half_imported_modules_aside():
+            _activate()
+    except Exception as error:
+        reason = (str(error) or repr(error)).rstrip(".")
+        message = f"{reason}. Unset {_VARIABLE} to leave LayerNorm as PyTorch has it."
+        if threading.current_thread() is threading.main_thread():
+            raise SystemExit(f"lpln_autopatch: {message}") from None
+        raise (ValueError if isinstance(error, ValueError) else ImportError)(message) from None
+    acted = route or ("torch.backends" if torch is None else "autowrapt")
+
+
+def _activate() -> None:
+    """Enable what the variables ask for. If it fails, nothing is left behind."""
+    from lpln_autopatch._activation import enable_from
+
+    with contextlib.ExitStack() as undo:
+        names = None
+        if os.environ.get("LPLN_EXEMPT"):
+            from lpln_autopatch._exempt_by_name import ByName
+
+            names = ByName(os.environ["LPLN_EXEMPT"])
+            undo.push(names.install())
+        enable_from(os.environ[_VARIABLE], "auto", None, "environment")
+
+        from lpln_autopatch import _summary
+
+        _summary.install(asks(os.environ.get("LPLN_SUMMARY", "")), names)
+        undo.pop_all()
+
+
+@contextlib.contextmanager
+def _half_imported_modules_aside() -> Iterator[None]:
+    """Have our modules whose import is under way imported anew.
+
+    `import lpln_autopatch.surgery` may be the import that imports torch, and call us by it. That
+    module is half initialised then, and ours would find it so.
+    """
     halves = {
         name: module
         for name, module in list(sys.modules.items())
@@ -80,31 +115,12 @@ def on_torch_import(torch: object = None, route: str | None = None) -> None:
     }
     for name in halves:
         del sys.modules[name]
-
     try:
-        from lpln_autopatch._activation import enable_from
-
-        names = None
-        if os.environ.get("LPLN_EXEMPT"):
-            from lpln_autopatch._exempt_by_name import ByName
-
-            names = ByName(os.environ["LPLN_EXEMPT"])
-            names.install()
-        enable_from(os.environ[_VARIABLE], "auto", None, "environment")
-
-        from lpln_autopatch import _summary
-
-        _summary.install(asks(os.environ.get("LPLN_SUMMARY", "")), names)
-    except Exception as error:
-        reason = (str(error) or repr(error)).rstrip(".")
-        message = f"{reason}. Unset {_VARIABLE} to leave LayerNorm as PyTorch has it."
-        if threading.current_thread() is threading.main_thread():
-            raise SystemExit(f"lpln_autopatch: {message}") from None
-        raise (ValueError if isinstance(error, ValueError) else ImportError)(message) from None
+        yield
     finally:
+        # The importer of a half gets the new module, too, if there is one.
         for name, module in halves.items():
             sys.modules.setdefault(name, module)
-    acted = route or ("torch.backends" if torch is None else "autowrapt")
 
 
 def lightning_callbacks() -> list[Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -78,7 +78,7 @@ def decide(request: Request, norm: str, x: object, weight: Tensor | None) -> Dec
     if weight is not None and weight.dtype not in DTYPES and native.is_left_alone(weight):
         return None, f"{weight.dtype} weight".removeprefix("torch.")
     if norm not in request.norms:
-        return None, f"not among the norms: norms='{norm}' lowers it"
+        return None, "not among the norms"
     reason = _exemption.why_stock()
     if reason is not None:
         return None, reason
@@ -166,8 +166,8 @@ def _warn_once(message: str, what: str, compiling: bool) -> None:
 def _stacklevel_of_caller() -> int:
     """Return the stacklevel, for the function that warns, of code outside of torch and of us."""
     ours = torch.__path__[0] + os.sep, os.path.dirname(__file__) + os.sep
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+    level, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(ours):
         level, frame = level + 1, frame.f_back
     return level
 

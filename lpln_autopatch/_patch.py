@@ -178,11 +178,11 @@ class Patches:
         drop_compiled_code_that_cannot_follow()
         _dynamo.settle(stacklevel + 1)
 
-    def exchanged(self) -> set[str]:
-        """Return the norms whose functions, or classes, run our code."""
-        found = {norm for norm, exchange in self._norms.items() if exchange.runs is not None}
-        # The forwards of classes keep it for longer, and do nothing then.
-        return found | {HAND_WRITTEN} & {*_forward.active.norms.split(",")}
+    def are_installed(self) -> bool:
+        """Return True if a function or a class runs our code."""
+        # The forwards of classes keep our code for longer, and do nothing then.
+        is_by_hand = HAND_WRITTEN in _forward.active.norms
+        return is_by_hand or any(each.runs is not None for each in self._norms.values())
 
     def tell_dynamo(self) -> None:
         """Tell Dynamo again which functions are exchanged."""

@@ -167,7 +167,7 @@ def is_installed() -> bool:
     """Return True if PyTorch's functions of norms run our code."""
     patches = _patches()
     with _lock.lock:
-        return bool(patches.exchanged())
+        return patches.are_installed()
 
 
 def _patches() -> Patches:

@@ -82,8 +82,11 @@ def _forget() -> None:
 
 def _print(names: ByName | None) -> None:
     lines = [_all_calls() if _everything else _none_lowered()]
-    if _everything and names is not None and names.unmatched and (calls or traced):
-        lines.append(f"LPLN_EXEMPT: no module is called {', '.join(sorted(names.unmatched))}.")
+    if _everything and (calls or traced):
+        others = _others()
+        lines.append(others and f"{others}.")
+        if names is not None and names.unmatched:
+            lines.append(f"LPLN_EXEMPT: no module is called {', '.join(sorted(names.unmatched))}.")
     rank = os.environ.get("RANK")
     who = f"process {os.getpid()}" if rank is None else f"rank {rank}"
     for line in filter(None, lines):
@@ -96,19 +99,14 @@ def _reasons(counts: Counter[torch.dtype | str]) -> dict[str, int]:
 
 
 def _all_calls() -> str | None:
-    counted = calls or traced
-    if not counted:
+    if not calls and not traced:
         return None
-    stock, total = _reasons(counted), counted.total()
-    lowered = f"{total - sum(stock.values())} of {total}"
-    if calls:
-        line = f"{lowered} norm calls in eager mode were lowered"
-    else:
-        line = f"norms ran in compiled code alone, and {lowered} were lowered when it was traced"
+    stock = _reasons(calls)
+    lowered = calls.total() - sum(stock.values())
+    line = f"{lowered} of {calls.total()} norm calls in eager mode were lowered"
     if stock:
         line += f"; stock: {', '.join(f'{n} ({reason})' for reason, n in stock.items())}"
-    others = _others()
-    return f"{line}. Compiled code is not counted.{f' {others}.' if others else ''}"
+    return f"{line}. Compiled code is not counted."
 
 
 def _none_lowered() -> str | None:
@@ -143,7 +141,7 @@ def _others() -> str | None:
     if not found or not asked:
         return None
     names = ", ".join(sorted(set(found))[:3])
-    return f"LPLN_NORMS={asked} leaves {len(found)} modules ({names}) stock; try LPLN_NORMS=all"
+    return f"LPLN_NORMS={asked} leaves {len(found)} module{'s'[: len(found) > 1]} ({names}) stock; try LPLN_NORMS=all"
 
 
 def _parameters(module: torch.nn.Module) -> list[torch.nn.Parameter | None]:

@@ -7,6 +7,7 @@ import re
 import textwrap
 
 import pytest
+from hand_written_norms import needs_hand_written
 from support import needs_dynamo, run_python
 
 from lpln_autopatch._torch_compat import TORCH_VERSION
@@ -237,3 +238,46 @@ def test_name_inside_an_exempt_module_has_matched():
     assert line(program, LPLN_EXEMPT="head,head.norm") == (
         "0 of 1 norm calls in eager mode were lowered; stock: 1 (exempt)"
     )
+
+
+@needs_hand_written
+def test_norms_that_are_left_out_are_named():
+    """Under LPLN_SUMMARY a trained norm outside of LPLN_NORMS has a line beside the counts."""
+    program = """
+        import torch
+        model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.RMSNorm(8))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(torch.randn(4, 8)).sum().backward()
+    """
+    counts, others = lines(program, LPLN_SUMMARY="1")
+    assert counts.startswith("1 of 1 norm calls")
+    assert others == ("LPLN_NORMS=layer_norm leaves 1 module (RMSNorm) stock; try LPLN_NORMS=all.")
+
+
+@needs_hand_written
+def test_no_norm_is_named_where_autocast_is_off():
+    """Without autocast LPLN_NORMS=all would lower no norm: only the reason is said."""
+    program = """
+        import torch
+        model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.RMSNorm(8))
+        model(torch.randn(4, 8)).sum().backward()
+    """
+    assert lines(program) == ["1 norm call, none lowered: no autocast."]
+
+
+@needs_hand_written
+def test_exempt_hand_written_norm_is_counted():
+    """A call of an exempt hand-written norm is stock, with that reason."""
+    program = """
+        import torch
+        class LlamaRMSNorm(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.ones(8))
+            def forward(self, x):
+                return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.nn.Sequential(LlamaRMSNorm(), torch.nn.LayerNorm(8))(torch.randn(4, 8))
+    """
+    expected = "1 of 2 norm calls in eager mode were lowered; stock: 1 (exempt)"
+    assert line(program, LPLN_NORMS="all", LPLN_EXEMPT="LlamaRMSNorm") == expected

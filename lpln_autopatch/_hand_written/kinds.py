@@ -34,7 +34,7 @@ TRIAL = "a trial"
 _T = TypeVar("_T")
 
 # A filter, not a list: the trial decides.
-_NAMED_NORM = re.compile(r"(?i:norm)|LN|RMS|Rms")
+_NAMED_NORM = re.compile(r"(?i:norm)|LN|RMS")
 
 Values = tuple[Any, ...]
 """The attributes that a forward reads from its module, each as `describe` returns it."""
