@@ -141,7 +141,8 @@ def _others() -> str | None:
     if not found or not asked:
         return None
     names = ", ".join(sorted(set(found))[:3])
-    return f"LPLN_NORMS={asked} leaves {len(found)} module{'s'[: len(found) > 1]} ({names}) stock; try LPLN_NORMS=all"
+    modules = f"{len(found)} module{'s'[: len(found) > 1]} ({names})"
+    return f"LPLN_NORMS={asked} leaves {modules} stock; try LPLN_NORMS=all"
 
 
 def _parameters(module: torch.nn.Module) -> list[torch.nn.Parameter | None]:
