@@ -54,6 +54,8 @@ def resolve(name: str, precision: Precision) -> tuple[str, Backend]:
     raise ValueError(f"{argument}={name!r} is not a backend. Valid: auto, {', '.join(names())}.")
 
 
+# Cached for each `where`, too: an error names the argument or variable that chose the backend, also
+# if it is raised at the first call.
 @functools.cache
 def _load(entry_point: EntryPoint, where: str) -> Backend:
     try:
