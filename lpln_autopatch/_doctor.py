@@ -94,7 +94,8 @@ def text(found: dict[str, Any]) -> str:
 def _verdict(found: dict[str, Any]) -> str:
     value, precision = found["environment"]["LPLN_PRECISION"], found["precision"]
     if found["problem"] is not None:
-        return "LPLN_PRECISION does not lower LayerNorm: " * bool(value) + str(found["problem"])
+        outcome = "LPLN_PRECISION does not lower LayerNorm: " if value else ""
+        return f"{outcome}{found['problem']}"
     if precision is None:
         how = "is not set" if value is None else f"is {value!r}"
         return f"LPLN_PRECISION {how}: LayerNorm is as PyTorch has it."

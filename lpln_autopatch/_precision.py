@@ -79,8 +79,8 @@ class Precision(str, enum.Enum):
             hint = ""
             if from_outside:
                 valid = [*(name for name in valid if name != "fp16"), "off"]
-                is_a_switch = str(value).strip().lower() in ("1", "true", "on", "yes")
-                hint = " Set amp: whatever autocast runs in." * is_a_switch
+                if str(value).strip().lower() in ("1", "true", "on", "yes"):
+                    hint = " Set amp: whatever autocast runs in."
             raise ValueError(
                 f"{source}={value!r} is not a precision.{hint} Valid: {', '.join(valid)}."
             ) from None

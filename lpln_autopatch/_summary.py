@@ -120,8 +120,12 @@ def _none_lowered() -> str | None:
     if reason is None:
         return others and f"no norm was lowered: {others}."
     n = calls.total()
-    what = f"{n} norm call{'s'[: n > 1]}" if n else "norms ran in compiled code alone"
+    what = _plural(n, "norm call") if n else "norms ran in compiled code alone"
     return f"{what}, none lowered: {reason}{f'; {others}' if others else ''}."
+
+
+def _plural(n: int, thing: str) -> str:
+    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
 
 
 def _others() -> str | None:
@@ -141,8 +145,8 @@ def _others() -> str | None:
     if not found or not asked:
         return None
     names = ", ".join(sorted(set(found))[:3])
-    modules = f"{len(found)} module{'s'[: len(found) > 1]} ({names})"
-    return f"LPLN_NORMS={asked} leaves {modules} stock; try LPLN_NORMS=all"
+    modules = _plural(len(found), "module")
+    return f"LPLN_NORMS={asked} leaves {modules} ({names}) stock; try LPLN_NORMS=all"
 
 
 def _parameters(module: torch.nn.Module) -> list[torch.nn.Parameter | None]:

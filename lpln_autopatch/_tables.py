@@ -45,7 +45,8 @@ def of_rows(rows: Sequence[Row]) -> list[Sequence[str]]:
     """Return a table of norm calls with a head."""
     table: list[Sequence[str]] = [("name", "norm", "calls", "input", "output", "lowered", "reason")]
     for row in rows:
-        given, got = (str(d or "-")[6:] or "-" for d in (row.input_dtype, row.output_dtype))
+        dtypes = (row.input_dtype, row.output_dtype)
+        given, got = (str(d).removeprefix("torch.") if d else "-" for d in dtypes)
         lowered, name = "yes" if row.lowered else "no", row.name or "(the model)"
         table.append((name, row.norm, str(row.calls), given, got, lowered, row.reason))
     return table
