@@ -120,9 +120,9 @@ def load(backend: Backend) -> Backend:
 def why_native() -> str:
     """Return why the kernels cannot run in this process, or "" if they can."""
     if not HAS_TRITON_KERNELS:
-        return "every call goes to native: the kernels need torch 2.6 or later, and not ROCm"
+        return "native: the kernels need torch 2.6 or later, and not ROCm"
     if not (launcher().takes_cpu() or torch.cuda.is_available()):
-        return "on a CPU every call goes to native: there is no CUDA device"
+        return "native: there is no CUDA device, and on a CPU every call goes to native"
     return ""
 
 
