@@ -98,7 +98,9 @@ def write_json(file: Path, about: Mapping[str, object], suites: Mapping[str, lis
 
     A figure is a number, a word, or an object {"low", "median", "high"}.
     """
-    file.write_text(json.dumps({**about, "suites": suites}, default=vars) + "\n")
+    file.write_text(
+        json.dumps({**about, "suites": suites}, default=vars, separators=(",", ":")) + "\n"
+    )
 
 
 def plot(file: Path, heading: str, suites: Mapping[str, list[Row]]) -> None:
