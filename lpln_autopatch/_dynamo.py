@@ -40,7 +40,9 @@ def connect(tell: Callable[[], None], renew: Callable[[], None]) -> None:
         wrapt.register_post_import_hook(lambda module: tell(), "torch._dynamo")
 
 
-def set_rule(function: types.FunctionType, replacement: str, exchanged: bool) -> None:
+def set_rule(
+    function: types.FunctionType, replacement: str, exchanged: bool, imported_now: bool = False
+) -> None:
     """Have Dynamo trace `replacement` for `function` while it is `exchanged`, and only then.
 
     Dynamo has a table of functions that it puts into a graph untraced. PyTorch's norms are there.
@@ -48,6 +50,12 @@ def set_rule(function: types.FunctionType, replacement: str, exchanged: bool) ->
     whose keys hold the name of the function, would mix up stock and lowered programs.
 
     Rules are replaced and never removed: another thread may be walking through the table.
+
+    Args:
+        function: The exchanged function.
+        replacement: The name in its globals of the function that it runs.
+        exchanged: False puts Dynamo's own rule back.
+        imported_now: True if Dynamo has just been imported, and has compiled nothing.
     """
     global _warning
     trace_rules: Any = sys.modules.get("torch._dynamo.trace_rules")
@@ -57,7 +65,8 @@ def set_rule(function: types.FunctionType, replacement: str, exchanged: bool) ->
         return  # Dynamo always traces functions outside of torch
     name = f"{function.__module__}.{function.__qualname__}"
     by_function = trace_rules.get_torch_obj_rule_map
-    if not _stock_rules and not GRAPHS_GUARD_ON_CODE and by_function.cache_info().currsize:
+    has_compiled = by_function.cache_info().currsize and not imported_now
+    if has_compiled and not _stock_rules and not GRAPHS_GUARD_ON_CODE:
         _warning = (
             "Code that torch.compile compiled before the first activation of lpln_autopatch cannot "
             "follow it before torch 2.12, and stays stock. Activate before it is compiled, or call "

@@ -100,7 +100,7 @@ class Exchange:
     def tell_dynamo(self) -> None:
         """Tell Dynamo again, which may have been imported after the last change."""
         if self.runs is not None:
-            _dynamo.set_rule(self.function, self._name, True)
+            _dynamo.set_rule(self.function, self._name, True, imported_now=True)
 
     def renew(self) -> None:
         """Outdate compiled code: replace both code objects by equal ones."""

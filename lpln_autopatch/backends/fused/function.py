@@ -97,7 +97,12 @@ class FusedNorm(torch.autograd.Function):
             else:
                 rstd = statistics[0].view(*kept.shape[: -ctx.n_dims], *[1] * ctx.n_dims)
                 xhat = _recovered(kept, weight, bias, recovery, dy.dtype)
-            gradients = _gradients(dy, xhat, rstd, ctx.n_dims, weight, wanted, ctx.centred)
+            found = _gradients(dy, xhat, rstd, ctx.n_dims, weight, wanted, ctx.centred)
+            # Compiled autograd does not cast them (torch 2.6).
+            gradients = [
+                each if each is None else each.to(dtype)
+                for each, dtype in zip(found, ctx.dtypes, strict=True)
+            ]
         else:
             arguments = dy, kept, ctx.n_dims, weight, bias, statistics, wanted
             gradients = launcher().backward(*arguments, ctx.dtypes, ctx.centred, ctx.is_x, recovery)
