@@ -187,12 +187,12 @@ def failing_backend(monkeypatch):
 def test_exception_in_a_backend_passes_unchanged(layer_norm, failing_backend):
     """It reaches the caller as it is; autocast and what is in force are as before the call."""
     lpln.enable("bf16", backend="failing")
-    in_force = lpln.status()
+    active = lpln.status()
     with autocast():
         with pytest.raises(KeyError, match="from the backend"):
             layer_norm(torch.randn(4, 8))
         assert autocast_dtype("cpu") is BF16
-        assert lpln.status() == in_force
+        assert lpln.status() == active
         with low_precision_layernorm("bf16", backend="native"):
             assert layer_norm(torch.randn(4, 8)).dtype is BF16
     assert output_dtype(lpln.exempt(torch.nn.LayerNorm(8))) is FP32

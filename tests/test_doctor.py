@@ -54,8 +54,8 @@ def test_route_that_acted_is_named(route):
     status, found = doctor(LPLN_PRECISION="bf16", **ROUTES[route])
     assert (status, found["problem"], found["acted"]) == (0, None, route)
     assert found["routes"][route] == {"usable": True, "detail": ""}
-    in_force = [found[key] for key in ("precision", "backend", "norms", "source", "installed")]
-    assert in_force == ["amp_bf16", "native", ["layer_norm"], "environment", True]
+    active = [found[key] for key in ("precision", "backend", "norms", "source", "installed")]
+    assert active == ["amp_bf16", "native", ["layer_norm"], "environment", True]
 
 
 def test_norms_are_those_of_the_variable():

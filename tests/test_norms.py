@@ -278,7 +278,7 @@ def test_function_modes_are_lowered_beneath(functional, x):
         assert functional(x).dtype is BF16
 
 
-def test_threads_share_what_is_in_force(functional, x):
+def test_threads_share_the_active_request(functional, x):
     """The state is the process's: a call in another thread is lowered."""
     dtypes = []
     with low_precision_layernorm():

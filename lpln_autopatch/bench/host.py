@@ -1,15 +1,14 @@
 """The host's time of a small call: kernels are compiled for a GPU, and launched on none.
 
-It runs in a process of its own, where a stand-in is the driver of Triton. The time holds all that
-this package and Triton do in Python for a launch, and neither the launch nor the kernel.
+`bench call` runs it in a process of its own, where a stand-in is the driver of Triton. The time
+holds all that this package and Triton do in Python for a launch, and neither the launch nor the
+kernel.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-import os
-import subprocess
 import sys
 import types
 from typing import Any
@@ -17,31 +16,10 @@ from typing import Any
 import torch
 
 from lpln_autopatch.bench import timing
+from lpln_autopatch.bench.call import BACKENDS, PASSES, STOCK, Layer
 from lpln_autopatch.bench.contenders import Contender
-from lpln_autopatch.bench.results import Quartiles
 
 SHAPE = (8, 64)
-NAMES = ("native", "fused", "lean")
-
-
-def measure(rounds: int) -> list[dict[str, Any]]:
-    """Time the calls in a process of its own.
-
-    Returns:
-        The arguments of `results.Row` for each pass, each dtype of x and each contender.
-
-    Raises:
-        RuntimeError: the process failed. Its last line says why.
-    """
-    command = [sys.executable, "-m", __name__, str(rounds)]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError((done.stderr.splitlines() or ["no message"])[-1])
-    rows: list[dict[str, Any]] = json.loads(done.stdout)
-    for row in rows:
-        row["figures"] = {name: Quartiles(**figure) for name, figure in row["figures"].items()}
-    return rows
 
 
 class Driver:
@@ -104,14 +82,13 @@ def pretend() -> Driver:
 def main() -> None:
     """Print the rows as JSON."""
     from lpln_autopatch.backends.fused import recovery
-    from lpln_autopatch.bench.call import PASSES, STOCK, Layer
 
     pretend()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device, rounds = torch.device("cpu"), int(sys.argv[1])
     no_progress: Any = types.SimpleNamespace(update=bool)
-    contenders = [STOCK, *(Contender(f"lowered ({name})", backend=name) for name in NAMES)]
+    contenders = [STOCK, *(Contender(f"lowered ({name})", backend=name) for name in BACKENDS)]
     rows: list[dict[str, Any]] = []
     for x in (torch.float32, torch.bfloat16):
         layer = Layer(SHAPE, x, torch.bfloat16, device)
