@@ -28,9 +28,10 @@ rms = pytest.mark.parametrize("rms", [False, True], ids=["layer_norm", "rms_norm
 @pytest.fixture
 def few_programs(monkeypatch):
     """Two multiprocessors, so that on a GPU too a program goes through several tiles."""
-    from lpln_autopatch.backends.fused import launch
+    from lpln_autopatch.backends.fused import plan
 
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(plan, "_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(fused, "_plans", {})
 
 
 @pytest.fixture(params=["one block", "looped"])
@@ -40,11 +41,6 @@ def any_kernel(request, few_programs, monkeypatch):
         monkeypatch.setattr(grid, "ONE_BLOCK", 0)
         monkeypatch.setattr(grid, "LOOPED_FORWARD", (1, 64))
         monkeypatch.setattr(grid, "LOOPED_BACKWARD", (4, 32))
-    for cached in (grid.tile, grid.backward):
-        cached.cache_clear()
-    yield
-    for cached in (grid.tile, grid.backward):
-        cached.cache_clear()
 
 
 def arguments(shape, n_dims=1, x_dtype=FP32, parameters=FP32, weight=True, bias=True, mean=0.0):
@@ -246,16 +242,58 @@ def test_strides_of_x_and_of_dy(view, rms):
 @pytest.mark.parametrize("view", VIEWS)
 def test_strides_of_the_leading_dimensions_are_not_copied(view):
     """x is read where it lies, unless its rows do, or it has three strides or more."""
-    from lpln_autopatch.backends.fused import launch
+    from lpln_autopatch.backends.fused import plan
 
     x = VIEWS[view](torch.randn(6, 7, 64, device=DEVICE))
-    read, (inner, outer_stride, inner_stride) = launch._layout(x, 1, x.shape[-1])
+    read, (inner, outer_stride, inner_stride) = plan._layout(x, 1, x.shape[-1])
     copied = view in ("features not contiguous", "three strides")
     assert (read.data_ptr() == x.data_ptr()) is not copied
     for row, expected in enumerate(x.flatten(0, -2)):
         begin = row // inner * outer_stride + row % inner * inner_stride
         got = read.as_strided((x.shape[-1],), (1,), read.storage_offset() + begin)
         assert torch.equal(got, expected)
+
+
+@runs_kernels
+@pytest.mark.parametrize("backend", [fused.fused, fused.lean])
+def test_what_differs_in_one_thing_has_a_plan_of_its_own(backend, monkeypatch):
+    """Sizes, strides, dtypes, eps, missing parameters: in turn, twice, and each time right."""
+    monkeypatch.setattr(fused, "_plans", {})
+    torch.manual_seed(0)
+    x = torch.randn(6, 64, device=DEVICE)
+    w, b = (torch.nn.Parameter(torch.rand(64, device=DEVICE) + 0.5) for _ in range(2))
+    calls = [
+        (x, w, b, 1e-5, BF16),
+        (x[:5], w, b, 1e-5, BF16),
+        (x[::2], w, b, 1e-5, BF16),
+        (x.view(2, 3, 64), w, b, 1e-5, BF16),
+        (x.to(BF16), w, b, 1e-5, BF16),
+        (x, w, b, 1e-1, BF16),
+        (x, w, b, 1e-5, FP16),
+        (x, torch.nn.Parameter(w.detach().to(BF16)), b, 1e-5, BF16),
+        (x, w, None, 1e-5, BF16),
+        (x, None, None, 1e-5, BF16),
+    ]
+    for turn in range(2):
+        for x, weight, bias, eps, dtype in calls:
+            x = x.detach().requires_grad_()
+            y = backend(x, (64,), weight, bias, eps, dtype)
+            dy = torch.randn(y.shape, device=DEVICE, dtype=dtype)
+            (dx,) = torch.autograd.grad(y, x, dy)
+            y_exact, dx_exact, *_ = exact(x, (64,), weight, bias, dy, eps)
+            assert_rounded_once([y], [y_exact])
+            assert (dx.double() - dx_exact).norm() < 4e-3 * dx_exact.norm()
+        assert len(fused._plans) == len(calls), turn
+
+
+@runs_kernels
+def test_plans_are_dropped_when_there_are_too_many(monkeypatch):
+    """A program whose sizes never come again keeps a limited number of plans."""
+    monkeypatch.setattr(fused, "_plans", {})
+    monkeypatch.setattr(fused, "_MOST_PLANS", 3)
+    for rows in range(1, 8):
+        check(*arguments((rows, 8)))
+    assert len(fused._plans) == 1
 
 
 @runs_kernels
@@ -282,7 +320,7 @@ def test_two_runs_agree_bit_for_bit(any_kernel):
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)])
 def test_only_the_wanted_gradients(any_kernel, wanted, monkeypatch):
     """What needs no gradient is not computed, and the others are what they are together."""
-    from lpln_autopatch.backends.fused import launch
+    from lpln_autopatch.backends.fused.plan import Plan
 
     torch.manual_seed(0)
     x, shape, w, b = arguments((9, 100))
@@ -291,9 +329,9 @@ def test_only_the_wanted_gradients(any_kernel, wanted, monkeypatch):
     for i, leaf in enumerate(leaves):
         leaf.requires_grad_(i in wanted)
     computed = []
-    backward = launch.backward
+    backward = Plan.backward
     monkeypatch.setattr(
-        launch, "backward", lambda *args: computed.append(backward(*args)) or computed[0]
+        Plan, "backward", lambda *args: computed.append(backward(*args)) or computed[0]
     )
     y = fused.fused(x, shape, w, b, 1e-5, BF16)
     alone = torch.autograd.grad(y, [leaves[i] for i in wanted], dy)
@@ -782,7 +820,9 @@ def test_kernels_compile_for_a_gpu_that_is_not_here():
     printed = run_forked("-c", COMPILE).stdout
     assert (
         printed.split()
-        == ["forward", "forward", "backward", "backward"] * 4 + ["reduce"] * 3 + ["slots"] * 2
+        == ["forward", "forward", "backward", "backward"] * 3
+        + ["forward", "backward"]
+        + ["reduce"] * 3
     )
 
 
@@ -792,12 +832,12 @@ COMPILE = textwrap.dedent(
     import triton
     from triton.backends.compiler import GPUTarget
     from lpln_autopatch.backends.fused import backward_kernels, forward_kernels, grid
-    from lpln_autopatch.backends.fused.compiled import _OPTIONS
+    from lpln_autopatch.backends.fused.launch import OPTIONS
 
     TYPES = dict(
         p_x="*fp32", p_weight="*fp32", p_bias="*fp32", p_y="*bf16", p_dy="*bf16", p_dx="*fp32",
         p_kept="*bf16", p_statistics="*fp32", p_partials="*fp32", p_dweight="*fp32",
-        p_dbias="*fp32", p_slots="*i32", p_counts="*i32", p_reserved="*bf16",
+        p_dbias="*fp32", p_slots="*i32", p_counts="*i32", p_next="*i32", p_reserved="*bf16",
         eps="fp32", worst="fp32", smallest="fp32", rounding="fp32",
     )
 
@@ -810,16 +850,17 @@ COMPILE = textwrap.dedent(
             for needed in ("p_statistics", "p_kept"):
                 constants.pop(needed, None)
         signature = {a: "constexpr" if a in constants else TYPES.get(a, "i32") for a in arguments}
+        unspecialised = "M", "RESERVED", "programs"
         aligned = {
             (i,): [["tt.divisibility", 16]]
             for i, a in enumerate(arguments)
-            if a not in constants and TYPES.get(a, "M") != "fp32" and a not in ("M", "programs")
+            if a not in constants and TYPES.get(a, "M") != "fp32" and a not in unspecialised
         }
         if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
             signature = {a: kind for a, kind in signature.items() if kind != "constexpr"}
             aligned = None
         source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-        options = {"num_warps": warps, **_OPTIONS}
+        options = {"num_warps": warps, **OPTIONS}
         for capability in (80, 90):
             compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
             assert compiled.asm["cubin"]
@@ -827,7 +868,7 @@ COMPILE = textwrap.dedent(
         print(name.removesuffix("_looped"))
 
     contiguous = dict(x_inner=1, dy_inner=1)
-    no_recovery = dict.fromkeys(("p_slots", "p_reserved", "p_counts"))
+    no_recovery = dict.fromkeys(("p_slots", "p_reserved", "p_counts", "p_next"))
     for n, centred, absent in (
         (1024, True, {}),
         (8192, False, dict(p_bias=None, p_statistics=None, p_dx=None, p_kept=None)),
@@ -838,7 +879,7 @@ COMPILE = textwrap.dedent(
         for name in tiles:
             tile = grid.tile(n, tiles[name])
             constants = dict(ROWS=tile.rows, BLOCK=tile.block, CENTRED=centred)
-            for recovery in ({}, no_recovery):
+            for recovery in ({}, no_recovery)["p_weight" in absent :]:
                 is_x = bool(recovery) and "p_kept" in absent
                 constants.update(IS_X=is_x, WITH_MEAN=is_x and centred)
                 constants["STAGES"] = grid.stages(tile, not recovery)
@@ -846,8 +887,6 @@ COMPILE = textwrap.dedent(
                 compile(name_of, tile.warps, **constants, **contiguous, **absent, **recovery)
     for absent in ({}, dict(p_dweight=None), dict(p_dbias=None)):
         compile("reduce", 4, **dict(zip(("ROWS", "BLOCK"), grid.REDUCED)), **absent)
-    for otherwise in (-1, -2):
-        compile("slots", 4, BLOCK=1024, OTHERWISE=otherwise)
     """
 )
 
@@ -868,11 +907,12 @@ LAUNCH = textwrap.dedent(
     import torch
     import triton
     from triton.runtime.jit import JITFunction
-    from lpln_autopatch.backends.fused import compiled, fused, lean, launch
+    from lpln_autopatch.backends.fused import fused, lean
+    from lpln_autopatch.backends.fused.launch import OPTIONS, Launch
     from lpln_autopatch.bench import host
 
     driver = host.pretend()
-    launch_compiled, triton_runs, launches = compiled.launch, [], 0
+    launch, triton_runs, launches = Launch.__call__, [], 0
     run = JITFunction.run
     JITFunction.run = lambda *args, **kwargs: triton_runs.append(1) or run(*args, **kwargs)
 
@@ -881,15 +921,15 @@ LAUNCH = textwrap.dedent(
             return None  # a launcher does nothing for both
         return argument.get() if type(argument).__name__ == "LazyDict" else argument
 
-    def check(kernel, grid, device, tensors, numbers, constants, warps, unspecialised=1):
+    def check(self, given, allocated):
         global launches
-        everything = kernel, grid, device, tensors, numbers, constants, warps, unspecialised
-        options = dict(num_warps=warps, **compiled._OPTIONS)
         driver.launched = []
-        kernel[grid](*tensors, *numbers, *constants, **options)
-        launch_compiled(*everything)
+        arguments = *given, *allocated, *self._after_tensors
+        self._kernel[self._grid](*arguments, num_warps=self._warps, **OPTIONS)
+        launch(self, given, allocated)
         triton_runs.clear()
-        launch_compiled(*everything)
+        launch(self, given, allocated)
+        tensors = given + allocated
         aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
         assert bool(triton_runs) != aligned
         (metadata, expected), *others = driver.launched
@@ -904,7 +944,7 @@ LAUNCH = textwrap.dedent(
                 assert g is e or (type(g) is type(e) and g == e), (g, e)
         launches += 1
 
-    launch.launch = check
+    Launch.__call__ = check
 
     def call(backend, x, n_dims=1, weight=True, bias=True, dtype=torch.bfloat16, parameters=None):
         features = x.shape[-n_dims:]
@@ -942,10 +982,11 @@ LAUNCH = textwrap.dedent(
     x, y = torch.ones(8, 64), torch.ones(8, 64, dtype=bf16)
     from lpln_autopatch.backends.fused import forward_kernels
     for rows in (8, 2**31 - 1, 2**31, 8):
-        check(
-            forward_kernels.norm_forward, (1, 1, 1), -1, (x, None, None, y, *[None] * 5),
-            (rows, 64, 0, 1e-5, 1, 64, 0), (True, False, 8, 64), 1,
+        numbers = rows, 64, 0, 1e-5, 0.2, 1e-38, 1, 64, 0
+        launched = Launch(
+            forward_kernels.norm_forward, (1, 1, 1), -1, numbers, (True, False, 8, 64), 1
         )
+        launched((x, None, None), (y, *[None] * 6))
     assert launches > 100
     print("same")
     """
@@ -978,7 +1019,7 @@ def test_where_the_kernels_do_not_run_it_is_native_and_says_so_once(
     if where == "torch 2.5":
         monkeypatch.setattr(fused, "HAS_TRITON_KERNELS", False)
     elif TORCH_VERSION >= (2, 6):
-        monkeypatch.setattr(fused.launcher(), "takes_cpu", lambda: False)
+        monkeypatch.setattr(fused._triton(), "takes_cpu", lambda: False)
     fused._say_once.cache_clear()
     case = torch.randn(4, 8), (8,), torch.ones(8), None, 1e-5, BF16
     with caplog.at_level("INFO", logger="lpln_autopatch"):

@@ -16,10 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lpln_autopatch as lpln
 from lpln_autopatch import low_precision_layernorm
-from lpln_autopatch.backends import native
+from lpln_autopatch.backends import fused, native
 from lpln_autopatch.backends.fused import grid, lean
 from lpln_autopatch.backends.fused import recovery as rules
-from lpln_autopatch.backends.fused.function import launcher
 
 pytestmark = runs_kernels
 
@@ -35,10 +34,9 @@ def on_the_kernels_device(monkeypatch):
 
     if DEVICE == "cpu":
         monkeypatch.setattr(grid, "tile", tile)
-        grid.backward.cache_clear()
+        monkeypatch.setattr(fused, "_plans", {})
     with torch.device(DEVICE):
         yield
-    grid.backward.cache_clear()
 
 
 def parameters(n=64, bias_over_weight=None):
@@ -238,7 +236,6 @@ def test_training_takes_a_weight_through_zero():
 def test_rows_longer_than_a_block(count, monkeypatch):
     """The kernels that go over a row in blocks recover xhat, too."""
     monkeypatch.setattr(grid, "tile", lambda n, of_long_rows: grid.Tile(16, 128, 4, True))
-    grid.backward.cache_clear()
     torch.manual_seed(0)
     weight, bias = parameters(768)
     with_weights(weight, count, 0.0)
@@ -279,8 +276,7 @@ def test_rows_of_small_variance_keep_xhat(std, ratio, looped, monkeypatch):
     """Beside an xhat that is small itself the rounding of y is large: dweight is within 1e-2."""
     if looped:
         monkeypatch.setattr(grid, "tile", lambda n, of_long_rows: grid.Tile(16, 128, 4, True))
-        grid.backward.cache_clear()
-    torch.manual_seed(0)
+        torch.manual_seed(0)
     weight, bias = parameters(256, ratio)
     x = (torch.randn(64, 256) * std + 1).requires_grad_()
     dy = torch.randn(64, 256).to(BF16)
@@ -378,17 +374,19 @@ def test_where_counts_help_nobody_it_is_fused(why, x_dtype, monkeypatch):
 @pytest.fixture
 def counts_arrive_late(monkeypatch):
     """As on CUDA: nothing waits for a count but the first of a parameter; who waited is listed."""
+    from lpln_autopatch.backends.fused.plan import Plan
+
     waited = []
+    wait = rules.Tally.wait
 
-    def first(counts, rows):
-        waited.append(counts[0].item())
-        return rules.Tally(counts, counts.clone(), rows)
+    def waits(tally, slots, rows):
+        waited.append(tally.counts[0].item())
+        return wait(tally, slots, rows)
 
-    monkeypatch.setattr(launcher(), "COUNTS_ARRIVE_LATE", True)
-    monkeypatch.setattr(rules.Tally, "first", first)
-    rules.tallies.cache_clear()
-    yield waited
-    rules.tallies.cache_clear()
+    monkeypatch.setattr(Plan, "counts_arrive_late", True)
+    monkeypatch.setattr(rules.Tally, "wait", waits)
+    monkeypatch.setattr(rules, "tallies", {})
+    return waited
 
 
 def test_on_an_accelerator_only_the_first_count_is_waited_for(counts_arrive_late):
@@ -455,7 +453,7 @@ def test_a_count_that_arrives_before_recomputation_does_no_harm(counts_arrive_la
     dy = torch.randn(256, 768).to(BF16)
     run(x, weight, bias, dy)
     with_weights(weight, 20, 0.0)
-    arrived = rules.tallies()[weight].arrived
+    arrived = rules.tally_of(weight).arrived
 
     def block(x):
         return lean(x, (768,), weight, bias, 1e-5, BF16)
@@ -473,9 +471,23 @@ def test_counts_are_forgotten_with_the_parameter(counts_arrive_late):
     """No parameter is kept alive, and a new one of its address is counted anew."""
     weight, bias = parameters()
     run(torch.randn(4, 64, requires_grad=True), weight, bias, torch.randn(4, 64).to(BF16))
-    assert len(rules.tallies()) == 1
+    assert len(rules.tallies) == 1
     del weight
-    assert len(rules.tallies()) == 0
+    assert len(rules.tallies) == 0
+
+
+def test_counts_stay_on_the_device_of_the_parameter(counts_arrive_late):
+    """`model.to` keeps the parameters: on another device they are counted anew."""
+    weight, bias = parameters()
+    x, dy = torch.randn(4, 64, requires_grad=True), torch.randn(4, 64).to(BF16)
+    run(x, weight, bias, dy)
+    tally = rules.tally_of(weight)
+    assert tally is not None
+    tally.counts = tally.counts.to("meta")
+    assert rules.tally_of(weight) is None
+    run(x, weight, bias, dy)
+    assert rules.tally_of(weight) is not None
+    assert len(counts_arrive_late) == 2
 
 
 # --- whatever else autograd is asked for

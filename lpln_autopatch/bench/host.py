@@ -81,8 +81,6 @@ def pretend() -> Driver:
 
 def main() -> None:
     """Print the rows as JSON."""
-    from lpln_autopatch.backends.fused import recovery
-
     pretend()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -94,10 +92,6 @@ def main() -> None:
         layer = Layer(SHAPE, x, torch.bfloat16, device)
         for backward, name in PASSES.items():
             entries = [layer.entry(contender, backward) for contender in contenders]
-            # No kernel has written them: every feature can be recovered, and no row is small.
-            for tally in recovery.tallies().values():
-                tally.counts.zero_()
-                tally.arrived.zero_()
             timing.interleave(entries, device, rounds, no_progress)
             stock, native, *_ = entries
             for entry in entries:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lpln_autopatch.backends import GROUP
 from lpln_autopatch.backends.fused import grid
-from lpln_autopatch.backends.fused.recovery import Recovery, can_count
+from lpln_autopatch.backends.fused.recovery import can_count, slots_for
 from lpln_autopatch.backends.protocol import Affine, Shape
 
 NAMES = {"fused": "counted_fused", "lean": "counted_lean"}
@@ -77,29 +77,26 @@ class _Counted(torch.autograd.Function):
     ) -> Tensor:
         rows, ctx.n_dims = x.shape[:-n_dims].numel(), n_dims
         is_xhat = weight is None and bias is None
-        recovery = None
-        if lean and not is_xhat and can_count(weight):
-            assert weight is not None
-            recovery = Recovery.empty(weight, rows, dtype)
-            _operators().slots(weight, bias)
-        keeps_y = recovery is not None or (lean and is_xhat)
+        recovers = lean and not is_xhat and can_count(weight)
+        keeps_y = recovers or (lean and is_xhat)
         keeps_xhat = not keeps_y and x.dtype is torch.float32
-        slots = None if recovery is None else recovery.slots
         of_a_row = 1 if keeps_y or keeps_xhat else 1 + centred
-        y, statistics, *xhat = _operators().forward(
-            x, weight, bias, slots, rows, of_a_row, dtype, keeps_xhat
+        y, statistics, *others = _operators().forward(
+            x, weight, bias, rows, of_a_row, dtype, keeps_xhat, recovers
         )
-        kept = y if keeps_y else xhat[0] if keeps_xhat else x
-        if recovery is None:
-            ctx.save_for_backward(kept, weight, statistics)
+        kept = y if keeps_y else others[0] if keeps_xhat else x
+        if recovers:
+            features = x.numel() // rows
+            reserved = x.new_empty(rows, slots_for(features), dtype=dtype)
+            ctx.save_for_backward(kept, statistics, weight, bias, others[0], reserved)
         else:
-            ctx.save_for_backward(kept, weight, statistics, bias, recovery.slots, recovery.reserved)
+            ctx.save_for_backward(kept, statistics, weight)
         ctx.dtypes = [torch.float32 if t is None else t.dtype for t in (x, weight, bias)]
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight, statistics, *rest = ctx.saved_tensors
+        kept, statistics, weight, *rest = ctx.saved_tensors
         bias, slots = rest[:2] if rest else (None, None)
         wanted, features = ctx.needs_input_grad[:3], kept.shape[-ctx.n_dims :]
         _, programs, _ = grid.backward(statistics.shape[1], features.numel(), _MULTIPROCESSORS)
@@ -118,30 +115,32 @@ class _Operators:
     """The kernels as operators. The bytes of their arguments and of their results are counted."""
 
     def __init__(self) -> None:
-        for kernel in (self.slots, self.forward, self.backward, self.reduce):
+        for kernel in (self.forward, self.backward, self.reduce):
             name = kernel.__name__
             operator = torch.library.custom_op(f"emulated::norm_{name}", kernel, mutates_args=())
             operator.register_fake(kernel)
             setattr(self, name, operator)
 
     @staticmethod
-    def slots(weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-        return [weight.new_empty(n, dtype=torch.int32) for n in (weight.numel(), 2)]
-
-    @staticmethod
     def forward(
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        slots: Tensor | None,
         rows: int,
         of_a_row: int,
         dtype: torch.dtype,
         keeps_xhat: bool,
+        recovers: bool,
     ) -> list[Tensor]:
         statistics = x.new_empty((of_a_row, rows), dtype=torch.float32)
-        of_x = [x.new_empty(x.shape, dtype=dtype) for _ in range(1 + keeps_xhat)]
-        return [of_x[0], statistics, *of_x[1:]]
+        y, *xhat = (x.new_empty(x.shape, dtype=dtype) for _ in range(1 + keeps_xhat))
+        slots_and_counts = (x.numel() // rows, 2) if recovers else ()
+        return [
+            y,
+            statistics,
+            *xhat,
+            *(x.new_empty(n, dtype=torch.int32) for n in slots_and_counts),
+        ]
 
     @staticmethod
     def backward(

@@ -7,19 +7,25 @@ outside of the kernels. The two keep different tensors for backward, which `func
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lpln_autopatch._torch_compat import (
     HAS_TRITON_KERNELS,
+    forward_mode_is_on,
     never_a_frame_of_its_own,
     something_intercepts_operators,
 )
 from lpln_autopatch.backends import gradients, native
-from lpln_autopatch.backends.fused.function import FusedNorm, is_what_lies_in_memory, launcher
+from lpln_autopatch.backends.fused.function import is_what_lies_in_memory, normalise
 from lpln_autopatch.backends.protocol import Affine, Backend, Shape
+
+if TYPE_CHECKING:
+    from lpln_autopatch.backends.fused.plan import Plan
 
 MAX_FEATURES = 65536
 """The longest row that the kernels take, in elements."""
@@ -49,10 +55,10 @@ class Fused:
         dtype: torch.dtype,
     ) -> Tensor:
         """Normalise `x` as a LayerNorm."""
-        if not takes(x, normalized_shape, weight, bias):
-            self._say_why(x)
+        plan = self._plan(x, normalized_shape, weight, bias, eps, dtype, True)
+        if plan is None:
             return native.normalise(x, normalized_shape, weight, bias, eps, dtype)
-        return self._run(x, normalized_shape, weight, bias, eps, dtype, True)
+        return normalise(plan, x, weight, bias)
 
     def rms_norm(
         self,
@@ -63,12 +69,12 @@ class Fused:
         dtype: torch.dtype,
     ) -> Tensor:
         """Normalise `x` as an RMSNorm."""
-        if not takes(x, normalized_shape, weight, None):
-            self._say_why(x)
+        plan = self._plan(x, normalized_shape, weight, None, eps, dtype, False)
+        if plan is None:
             return native.rms_norm(x, normalized_shape, weight, eps, dtype)
-        return self._run(x, normalized_shape, weight, None, eps, dtype, False)
+        return normalise(plan, x, weight, None)
 
-    def _run(
+    def _plan(
         self,
         x: Tensor,
         shape: Shape,
@@ -77,18 +83,51 @@ class Fused:
         eps: float,
         dtype: torch.dtype,
         centred: bool,
-    ) -> Tensor:
-        y: Tensor
-        if gradients.wants_gradient(x, weight, bias):
-            y = FusedNorm.apply(x, weight, bias, len(shape), eps, dtype, centred, self._lean)  # type: ignore[no-untyped-call]
-        else:
-            y = launcher().forward(x, len(shape), weight, bias, eps, dtype, centred)
-        return y
+    ) -> Plan | None:
+        """Return the plan of a call that the kernels can take."""
+        if not _runs_on(x):
+            self._say_why(x)
+            return None
+        if not (
+            is_what_lies_in_memory(x)
+            and not something_intercepts_operators()
+            and not forward_mode_is_on()
+            and gradients.can_be_saved(x)
+            and isinstance(shape, (tuple, list))
+        ):
+            return None
+        key = (
+            *(x.shape, x.stride(), x.dtype, x.get_device(), tuple(shape), eps, dtype),
+            *(centred, self._lean, _kind(weight), _kind(bias)),
+        )
+        try:
+            return _plans[key]
+        except KeyError:
+            plan = None
+        if _take(x, shape, weight, bias):
+            arguments = x, len(shape), weight, bias, eps, dtype, centred, self._lean
+            plan = _triton().Plan(*arguments)
+        if len(_plans) == _MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+        return plan
 
     def _say_why(self, x: Tensor) -> None:
-        if not _runs_on(x):
-            where = x.device.type if HAS_TRITON_KERNELS else "torch before 2.6 and on ROCm"
-            _say_once(f"backend {self._name!r}: its kernels do not run on {where}: it is native")
+        where = x.device.type if HAS_TRITON_KERNELS else "torch before 2.6 and on ROCm"
+        _say_once(f"backend {self._name!r}: its kernels do not run on {where}: it is native")
+
+
+# For each kind of call; None, where the kernels cannot take it.
+_plans: dict[tuple[object, ...], Plan | None] = {}
+_MOST_PLANS = 4096  # sizes and strides may be new ones in each step
+
+
+def _kind(parameter: Affine) -> object:
+    """Return what a plan and `_take` know of a parameter."""
+    if parameter is None:
+        return None
+    p = parameter
+    return type(p), p.dtype, p.shape, p.device, p.is_contiguous(), p.is_neg()
 
 
 @functools.cache
@@ -100,6 +139,12 @@ fused = Fused("fused", lean=False)
 lean = Fused("lean", lean=True)
 
 
+@functools.cache
+def _triton() -> Any:
+    """Import the module that knows Triton, which is optional, and takes a while to import."""
+    return importlib.import_module("lpln_autopatch.backends.fused.plan")
+
+
 def load(backend: Backend) -> Backend:
     """Return `backend`.
 
@@ -108,7 +153,7 @@ def load(backend: Backend) -> Backend:
     """
     if HAS_TRITON_KERNELS:
         try:
-            launcher()
+            _triton()
         except ImportError as error:
             raise ImportError(
                 f"Triton cannot be imported ({error}). It comes with the CUDA builds "
@@ -121,24 +166,19 @@ def why_native() -> str:
     """Return why the kernels cannot run in this process, or "" if they can."""
     if not HAS_TRITON_KERNELS:
         return "native: the kernels need torch 2.6 or later, and not ROCm"
-    if not (launcher().takes_cpu() or torch.cuda.is_available()):
+    if not (_triton().takes_cpu() or torch.cuda.is_available()):
         return "native: there is no CUDA device, and on a CPU every call goes to native"
     return ""
 
 
 def _runs_on(x: Tensor) -> bool:
-    return HAS_TRITON_KERNELS and (x.is_cuda or (x.is_cpu and launcher().takes_cpu()))
+    return HAS_TRITON_KERNELS and (x.is_cuda or (x.is_cpu and _triton().takes_cpu()))
 
 
-def takes(x: Tensor, shape: Shape, weight: Affine, bias: Affine) -> bool:
-    """Return True if the kernels can take this call."""
+def _take(x: Tensor, shape: Shape, weight: Affine, bias: Affine) -> bool:
+    """Return True if the kernels can take calls with tensors such as these."""
     return (
-        _runs_on(x)
-        # A TorchDispatchMode (FakeTensorMode, ...) would not see the kernels.
-        and not something_intercepts_operators()
-        and gradients.takes(x, shape, weight, bias)
-        and gradients.can_be_saved(x)
-        and is_what_lies_in_memory(x)
+        gradients.takes(x, shape, weight, bias)
         and x.shape[-len(shape) :].numel() <= MAX_FEATURES
         and (weight is None or (weight.is_contiguous() and not weight.is_neg()))
         and (bias is None or (bias.is_contiguous() and not bias.is_neg()))

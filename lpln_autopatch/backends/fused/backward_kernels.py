@@ -14,9 +14,9 @@ import triton.language as tl
 from lpln_autopatch.backends.fused import tiles
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "RESERVED"])
 def norm_backward(
-    p_kept, p_weight, p_bias, p_dy, p_statistics, p_dx, p_partials, p_slots, p_reserved,
+    p_kept, p_dy, p_statistics, p_weight, p_bias, p_slots, p_reserved, p_dx, p_partials,
     M, N, RESERVED, rounding, smallest,
     x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
     CENTRED: tl.constexpr, IS_X: tl.constexpr,
@@ -60,9 +60,9 @@ def norm_backward(
         tl.store(p_own + tl.num_programs(0) * N, tl.sum(b_dbias, 0), b_columns < N)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "RESERVED"])
 def norm_backward_looped(
-    p_kept, p_weight, p_bias, p_dy, p_statistics, p_dx, p_partials, p_slots, p_reserved,
+    p_kept, p_dy, p_statistics, p_weight, p_bias, p_slots, p_reserved, p_dx, p_partials,
     M, N, RESERVED, rounding, smallest,
     x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
     CENTRED: tl.constexpr, IS_X: tl.constexpr,

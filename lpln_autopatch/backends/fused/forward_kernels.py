@@ -14,7 +14,9 @@ that several kernels share:
     p_slots: int32, shape (N,): the place of the xhat of each feature, for `recovery.py`. From 0 on:
         rounded, in that element of the row of p_reserved, shape (M, RESERVED). tiles.IN_Y: in y.
         tiles.IN_KEPT: in the kept tensor.
-    p_counts: int32, shape (2,): features that cannot be recovered from y, and rows.
+    p_counts: int32, shape (2,): features that cannot be recovered from y, and rows, added to 0.
+    p_next: The counts of the next call: its rows are set to 0.
+    worst, smallest: A feature needs a slot if |weight| < worst * (|bias| + smallest).
     x_inner, x_outer_stride, x_inner_stride: row r begins at element
         (r // inner) * outer_stride + (r % inner) * inner_stride.
 """
@@ -27,35 +29,11 @@ import triton.language as tl
 from lpln_autopatch.backends.fused import tiles
 
 
-@triton.jit
-def norm_slots(
-    p_weight, p_bias, p_slots, p_counts, N, RESERVED, worst, smallest,
-    OTHERWISE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Choose a slot for each feature, and count those that need one: one program."""
-    lost = tl.zeros((), tl.int32)
-    for begin in range(0, N, BLOCK):
-        b_columns = begin + tl.arange(0, BLOCK)
-        m_inside = b_columns < N
-        b_weight = tl.load(p_weight + b_columns, m_inside, 1.0).to(tl.float32)
-        b_bias = tl.zeros((BLOCK,), tl.float32)
-        if p_bias is not None:
-            b_bias = tl.load(p_bias + b_columns, m_inside, 0.0).to(tl.float32)
-        m_lost = m_inside & (tl.abs(b_weight) < worst * (tl.abs(b_bias) + smallest))
-        b_lost = m_lost.to(tl.int32)
-        b_slot = lost + tl.cumsum(b_lost, 0) - 1
-        b_slot = tl.where(m_lost & (b_slot < RESERVED), b_slot, OTHERWISE)
-        lost += tl.sum(b_lost, 0)
-        tl.store(p_slots + b_columns, b_slot, m_inside)
-    tl.store(p_counts, lost)
-    tl.store(p_counts + 1, 0)
-
-
 # M changes from batch to batch: no compilation for each kind of number that it may be.
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "RESERVED"])
 def norm_forward(
-    p_x, p_weight, p_bias, p_y, p_statistics, p_kept, p_slots, p_reserved, p_counts,
-    M, N, RESERVED, eps, x_inner, x_outer_stride, x_inner_stride,
+    p_x, p_weight, p_bias, p_y, p_statistics, p_kept, p_slots, p_reserved, p_counts, p_next,
+    M, N, RESERVED, eps, worst, smallest, x_inner, x_outer_stride, x_inner_stride,
     CENTRED: tl.constexpr, WITH_MEAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b_rows = tiles.rows(tl.program_id(0).to(tl.int64) * ROWS, ROWS)
@@ -69,17 +47,20 @@ def norm_forward(
     b_variance = tl.sum(b_x * b_x, 1) / N
     b_rstd = tl.rsqrt(b_variance + eps)
     tiles.store_statistics(p_statistics, b_mean, b_rstd, b_rows, M, WITH_MEAN)
-    tiles.count_small(p_counts, b_variance, b_rows, M, eps)
     tiles.store_results(
-        b_x * b_rstd[:, None], p_weight, p_bias, p_y, p_kept, p_slots, p_reserved,
-        b_rows, b_columns, m_tile, N, RESERVED,
+        b_x * b_rstd[:, None], p_weight, p_bias, p_y, p_kept, b_rows, b_columns, m_tile, N
+    )
+    tiles.choose_slots(
+        p_x, p_weight, p_bias, p_kept, p_slots, p_reserved, p_counts, p_next,
+        b_mean, b_variance, b_rstd, b_rows, M, N, RESERVED, eps, worst, smallest,
+        x_inner, x_outer_stride, x_inner_stride, BLOCK,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "RESERVED"])
 def norm_forward_looped(
-    p_x, p_weight, p_bias, p_y, p_statistics, p_kept, p_slots, p_reserved, p_counts,
-    M, N, RESERVED, eps, x_inner, x_outer_stride, x_inner_stride,
+    p_x, p_weight, p_bias, p_y, p_statistics, p_kept, p_slots, p_reserved, p_counts, p_next,
+    M, N, RESERVED, eps, worst, smallest, x_inner, x_outer_stride, x_inner_stride,
     CENTRED: tl.constexpr, WITH_MEAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b_rows = tiles.rows(tl.program_id(0).to(tl.int64) * ROWS, ROWS)
@@ -101,13 +82,14 @@ def norm_forward_looped(
         b_squares += tl.sum(b_x * b_x, 1)
     b_rstd = tl.rsqrt(b_squares / N + eps)
     tiles.store_statistics(p_statistics, b_mean, b_rstd, b_rows, M, WITH_MEAN)
-    tiles.count_small(p_counts, b_squares / N, b_rows, M, eps)
     for begin in range(0, N, BLOCK):
         b_columns = begin + tl.arange(0, BLOCK)
         m_tile = (b_rows < M)[:, None] & (b_columns < N)[None, :]
         b_x = tiles.load(p_x, b_rows, b_columns, m_tile, x_inner, x_outer_stride, x_inner_stride)
-        tiles.store_results(
-            (b_x - b_mean[:, None]) * b_rstd[:, None],
-            p_weight, p_bias, p_y, p_kept, p_slots, p_reserved,
-            b_rows, b_columns, m_tile, N, RESERVED,
-        )  # fmt: skip
+        b_xhat = (b_x - b_mean[:, None]) * b_rstd[:, None]
+        tiles.store_results(b_xhat, p_weight, p_bias, p_y, p_kept, b_rows, b_columns, m_tile, N)
+    tiles.choose_slots(
+        p_x, p_weight, p_bias, p_kept, p_slots, p_reserved, p_counts, p_next,
+        b_mean, b_squares / N, b_rstd, b_rows, M, N, RESERVED, eps, worst, smallest,
+        x_inner, x_outer_stride, x_inner_stride, BLOCK,
+    )  # fmt: skip

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,21 +17,17 @@ from lpln_autopatch._torch_compat import (
 )
 from lpln_autopatch.backends import gradients
 from lpln_autopatch.backends.fused import recovery as rules
-from lpln_autopatch.backends.fused.recovery import Recovery
+from lpln_autopatch.backends.fused.recovery import Recovery, Tally
 from lpln_autopatch.backends.protocol import Affine
+
+if TYPE_CHECKING:  # it imports Triton, which is optional and takes a while to import
+    from lpln_autopatch.backends.fused.plan import Plan, Result
 
 _TWICE = (
     "create_graph=True differentiates a norm twice that the backend 'fused' or 'lean' has "
     "normalised, and it keeps no x from which to do so. "
     'Normalise with backend="native" (LPLN_BACKEND=native).'
 )
-
-
-@functools.cache
-def launcher() -> Any:
-    """Import the module that launches the kernels."""
-    # It is imported here, not at the top: Triton is optional, and takes a while to import.
-    return importlib.import_module("lpln_autopatch.backends.fused.launch")
 
 
 class FusedNorm(torch.autograd.Function):
@@ -44,118 +39,97 @@ class FusedNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Affine,
-        bias: Affine,
-        n_dims: int,
-        eps: float,
-        dtype: torch.dtype,
-        centred: bool,
-        lean: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Affine, bias: Affine, plan: Plan) -> Tensor:
         """Return y, and keep what backward needs."""
-        arguments = x, n_dims, weight, bias, eps, dtype, centred
-        rows = x.shape[:-n_dims].numel()
         is_xhat = weight is None and bias is None
-        recovery = None
-        if lean and not is_xhat and rules.can_count(weight):
-            y, kept, statistics, recovery = _keep_y(arguments, rows)
-        elif lean and is_xhat:
-            statistics = x.new_empty(1, rows, dtype=torch.float32)
-            kept = y = launcher().forward(*arguments, statistics)
-        elif x.dtype is torch.float32:
-            y, kept, statistics = _keep_xhat(arguments, rows, None)
+        if plan.lean and not is_xhat and rules.can_count(weight):
+            result = _recoverable(plan, x, weight, bias)
         else:
-            kept = x
-            statistics = x.new_empty(1 + centred, rows, dtype=torch.float32)
-            y = launcher().forward(*arguments, statistics)
+            keep = "xhat" if x.dtype is torch.float32 else "x"
+            result = plan.forward(x, weight, bias, "y" if plan.lean and is_xhat else keep)
+        y, kept, statistics, recovery = result
         if recovery is None:
-            ctx.save_for_backward(kept, weight, statistics)
+            ctx.save_for_backward(kept, statistics, weight)
         else:
-            ctx.save_for_backward(kept, weight, statistics, bias, recovery.slots, recovery.reserved)
-        ctx.n_dims, ctx.eps, ctx.centred, ctx.is_x = n_dims, eps, centred, kept is x
-        ctx.dtypes = [torch.float32 if t is None else t.dtype for t in (x, weight, bias)]
+            tensors = bias, recovery.slots, recovery.reserved
+            ctx.save_for_backward(kept, statistics, weight, *tensors)
+        ctx.plan, ctx.is_x = plan, kept is x
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients in the kernels, or in operators where these cannot run."""
-        kept, weight, statistics, *rest = ctx.saved_tensors
-        bias, recovery = None, None
-        if rest:
-            bias, recovery = rest[0], Recovery(rest[1], rest[2])
+        plan: Plan = ctx.plan
+        saved: tuple[Any, ...] = ctx.saved_tensors
+        kept, statistics, weight, *rest = saved
+        bias, recovery = (rest[0], Recovery(*rest[1:])) if rest else (None, None)
         wanted = ctx.needs_input_grad[:3]
         twice = torch.is_grad_enabled()
         if twice and not ctx.is_x:
             raise RuntimeError(_TWICE)
         gradients: Sequence[Tensor | None]
-        if twice or not _kernels_take(dy, kept, weight, *rest):
+        if not twice and _kernels_take(plan, ctx.is_x, dy, saved):
+            arguments = dy, kept, statistics, weight, bias, recovery, wanted, ctx.is_x
+            gradients = plan.backward(*arguments)
+        else:
             if ctx.is_x:
-                xhat, rstd = _from_x(kept, ctx.n_dims, ctx.eps, ctx.centred)
+                xhat, rstd = _from_x(kept, plan.n_dims, plan.eps, plan.centred)
             else:
-                rstd = statistics[0].view(*kept.shape[: -ctx.n_dims], *[1] * ctx.n_dims)
+                rstd = statistics[0].view(*kept.shape[: -plan.n_dims], *[1] * plan.n_dims)
                 xhat = _recovered(kept, weight, bias, recovery, dy.dtype)
-            found = _gradients(dy, xhat, rstd, ctx.n_dims, weight, wanted, ctx.centred)
+            found = _gradients(dy, xhat, rstd, plan.n_dims, weight, wanted, plan.centred)
             # Compiled autograd does not cast them (torch 2.6).
             gradients = [
                 each if each is None else each.to(dtype)
-                for each, dtype in zip(found, ctx.dtypes, strict=True)
+                for each, dtype in zip(found, plan.dtypes, strict=True)
             ]
-        else:
-            arguments = dy, kept, ctx.n_dims, weight, bias, statistics, wanted
-            gradients = launcher().backward(*arguments, ctx.dtypes, ctx.centred, ctx.is_x, recovery)
-        return *gradients, None, None, None, None, None
+        return *gradients, None
 
 
-def _keep_xhat(
-    arguments: tuple[Any, ...], rows: int, *recovery: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, dtype = arguments[0], arguments[5]
-    statistics = x.new_empty(1, rows, dtype=torch.float32)
-    xhat = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    return launcher().forward(*arguments, statistics, xhat, *recovery), xhat, statistics
+# Without what `FusedNorm.apply` does for transforms of functorch, to which no plan is made.
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, FusedNorm).apply
 
 
-def _keep_y(arguments: tuple[Any, ...], rows: int) -> tuple[Tensor, Tensor, Tensor, Recovery]:
-    """Run a call of `lean`. Return y, the kept tensor, statistics and recovery."""
-    launch = launcher()
-    x, _, weight, bias, _, dtype, _ = arguments
-    recovery = Recovery.empty(weight, rows, dtype)
-    slots = recovery.reserved.shape[1]
-    late = launch.COUNTS_ARRIVE_LATE
-    tally = rules.tallies().get(weight) if late else None
-    counts = x.new_empty(2, dtype=torch.int32) if tally is None else tally.counts
-    choose = functools.partial(
-        launch.choose_slots, weight, bias, recovery, counts, dtype, rules.WORST_RATIO
-    )
-    keeps_y = tally is None or tally.allows_y(slots)
-    choose(keeps_y)
-    if keeps_y:
-        statistics = x.new_empty(1, rows, dtype=torch.float32)
-        kept = y = launch.forward(*arguments, statistics, None, recovery, counts)
-    else:
-        y, kept, statistics = _keep_xhat(arguments, rows, recovery, counts)
+def normalise(plan: Plan, x: Tensor, weight: Affine, bias: Affine) -> Tensor:
+    """Normalise `x`, and have autograd record it if a gradient is wanted."""
+    if gradients.wants_gradient(x, weight, bias):
+        return _apply(x, weight, bias, plan)
+    return plan.forward(x, weight, bias).y
+
+
+def _recoverable(plan: Plan, x: Tensor, weight: Tensor, bias: Affine) -> Result:
+    """Run a call of `lean` with parameters, whose xhat backward finds in y or not."""
+    tally = rules.tally_of(weight)
     if tally is not None:
-        tally.send(rows)
-    elif not rules.is_recoverable(counts, slots, rows):
-        choose(False)
-        y, kept, statistics = _keep_xhat(arguments, rows, recovery, counts)
-    if tally is None and late:
-        rules.tallies()[weight] = rules.Tally.first(counts, rows)
-    return y, kept, statistics, recovery
+        tally.turn()
+        result = plan.forward(x, weight, bias, "y" if tally.allows_y(plan.slots) else "xhat", tally)
+        tally.send(plan.rows)
+        return result
+    tally = Tally(weight)
+    result = plan.forward(x, weight, bias, "y", tally)
+    if not tally.wait(plan.slots, plan.rows):
+        tally.turn()
+        result = plan.forward(x, weight, bias, "xhat", tally)
+    if plan.counts_arrive_late:
+        rules.remember(weight, tally)
+    return result
 
 
-def _kernels_take(*tensors: Tensor | None) -> bool:
+def _kernels_take(plan: Plan, is_x: bool, dy: Tensor, saved: Sequence[Tensor | None]) -> bool:
     """Return True if the kernels can run on the tensors that autograd hands to backward."""
     # Compiled autograd traces backward.
     if is_compiling() or forward_mode_is_on() or something_intercepts_operators():
         return False
-    for i, t in enumerate(tensors):
-        # Hooks on saved tensors may give back anything of the right shape. The kernels know the
-        # strides of the first two tensors, dy and the kept one.
-        if t is not None and not (is_what_lies_in_memory(t) and (i < 2 or t.is_contiguous())):
+    if dy.dtype is not plan.dtype or not is_what_lies_in_memory(dy):
+        return False
+    # Hooks on saved tensors may give back anything of the right shape.
+    for tensor, dtype in zip(saved, plan.dtypes_saved[is_x], strict=False):
+        if tensor is not None and not (
+            tensor.dtype is dtype
+            and type(tensor) in gradients.PLAIN
+            and not tensor.is_neg()
+            and (tensor.is_contiguous() or tensor is saved[0])  # Its strides are looked at.
+        ):
             return False
     return True
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 # Measured on an H200.
 ONE_BLOCK = 8192  # longest row that is held in registers
@@ -32,7 +31,6 @@ class Tile:
     looped: bool
 
 
-@functools.cache
 def tile(n: int, of_long_rows: tuple[int, int]) -> Tile:
     """Return the tile for rows of `n` features."""
     if n > ONE_BLOCK:
@@ -53,7 +51,6 @@ def stages(tile: Tile, loads_recovery: bool) -> int:
     return 3 if tile.rows * tile.block <= 4096 and not (tile.looped and loads_recovery) else 2
 
 
-@functools.lru_cache(1024)
 def backward(
     m: int, n: int, multiprocessors: int, loads_recovery: bool = False
 ) -> tuple[Tile, int, int]:

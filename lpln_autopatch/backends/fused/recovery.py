@@ -26,8 +26,8 @@ Source:
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import MutableMapping
+import weakref
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ ROWS_PER_SMALL_ONE = 32
 """One row of this many may be small: its own share in dweight is noise, and dweight is right."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Recovery:
     """The place where backward finds the xhat of each feature.
 
@@ -60,56 +60,64 @@ class Recovery:
     reserved: Tensor
 
     @classmethod
-    def empty(cls, weight: Tensor, rows: int, dtype: torch.dtype) -> Recovery:
-        """Allocate the memory for `rows` rows of a y in `dtype`."""
-        features = weight.numel()
+    def empty(cls, x: Tensor, features: int, rows: int, dtype: torch.dtype) -> Recovery:
+        """Allocate the memory beside `x`, for a y of so many features and rows, in `dtype`."""
         # Numbers and no tuples, which take `new_empty` twice as long.
-        slots = weight.new_empty(features, dtype=torch.int32)
-        return cls(slots, weight.new_empty(rows, -(-features // FEATURES_PER_SLOT), dtype=dtype))
+        slots = x.new_empty(features, dtype=torch.int32)
+        return cls(slots, x.new_empty(rows, slots_for(features), dtype=dtype))
 
 
-@dataclasses.dataclass
+def slots_for(features: int) -> int:
+    """Return the number of slots for so many features."""
+    return -(-features // FEATURES_PER_SLOT)
+
+
 class Tally:
     """The counts of the calls with one parameter.
 
     Attributes:
-        counts: int32, shape (2,): features that need a slot, and small rows. The kernels write it.
+        counts: int32, shape (2,): features that need a slot, and small rows. The kernels of a call
+            write it, if its rows were 0 before.
+        next: The counts of the next call, of which the kernels set the rows to 0.
         arrived: A copy on the host, of one call or of the next: four bytes a count are never torn.
         rows: The rows of the call that asked for the copy.
     """
 
-    counts: Tensor
-    arrived: Tensor
-    rows: int
-
-    @classmethod
-    def first(cls, counts: Tensor, rows: int) -> Tally:
-        """Make a tally of the first counts of a parameter, and wait for them."""
+    def __init__(self, weight: Tensor) -> None:
+        self.counts, self.next = (weight.new_zeros(2, dtype=torch.int32) for _ in range(2))
         # The device can copy to pinned memory while the host goes on.
-        arrived = torch.empty_like(counts, device="cpu", pin_memory=counts.is_cuda)
-        return cls(counts, arrived.copy_(counts), rows)
+        self.arrived = torch.empty(2, dtype=torch.int32, device="cpu", pin_memory=weight.is_cuda)
+        self.rows = 0
 
     def allows_y(self, slots: int) -> bool:
         """Return True if the next call may keep y.
 
         The counts may be of the weights before the last step, and of other rows. So the limits are
-        half of those of `is_recoverable`.
+        half of those of a call that waits.
         """
-        return is_recoverable(self.arrived, slots // 2, self.rows // 2)
+        return self._is_recoverable(slots // 2, self.rows // 2)
+
+    def wait(self, slots: int, rows: int) -> bool:
+        """Return True if the call that has just run may keep y, when its counts have arrived."""
+        self.rows = rows
+        self.arrived.copy_(self.counts)
+        return self._is_recoverable(slots, rows)
 
     def send(self, rows: int) -> None:
         """Copy the counts to the host when the device has written them."""
-        self.arrived.copy_(self.counts, non_blocking=True)
         self.rows = rows
+        self.arrived.copy_(self.counts, non_blocking=True)
+
+    def turn(self) -> None:
+        """Have the next call write counts of its own."""
+        self.counts, self.next = self.next, self.counts
+
+    def _is_recoverable(self, slots: int, rows: int) -> bool:
+        lost, small = self.arrived.tolist()
+        return bool(lost <= slots and small * ROWS_PER_SMALL_ONE <= rows)
 
 
-def is_recoverable(counts: Tensor, slots: int, rows: int) -> bool:
-    """Return True if the slots are enough, and few of the rows are small. It waits for `counts`."""
-    lost, small = counts.tolist()
-    return bool(lost <= slots and small * ROWS_PER_SMALL_ONE <= rows)
-
-
-def can_count(weight: Affine) -> bool:
+def can_count(weight: Affine) -> TypeGuard[Tensor]:
     """Return True if counts of this call can help a later one."""
     # A weight that is a new tensor in each call, as a replica's is, would wait each time.
     return isinstance(weight, torch.nn.Parameter) and not (
@@ -117,9 +125,24 @@ def can_count(weight: Affine) -> bool:
     )
 
 
-@functools.cache
-def tallies() -> MutableMapping[Tensor, Tally]:
-    """Return the tally of each parameter that has one."""
-    from torch.utils.weak import WeakTensorKeyDictionary
+# By the parameter's id: `torch.utils.weak.WeakTensorKeyDictionary` takes ten times as long.
+tallies: dict[int, tuple[weakref.ref[Tensor], Tally]] = {}
 
-    return WeakTensorKeyDictionary()
+
+def tally_of(weight: Tensor) -> Tally | None:
+    """Return the tally of a parameter, if it has one."""
+    found = tallies.get(id(weight))
+    if found is None or found[0]() is not weight or found[1].counts.device != weight.device:
+        return None
+    return found[1]
+
+
+def remember(weight: Tensor, tally: Tally) -> None:
+    """Make `tally` that of a parameter, as long as this lives and stays where it is."""
+    key = id(weight)
+
+    def forget(reference: weakref.ref[Tensor]) -> None:
+        if key in tallies and tallies[key][0] is reference:
+            del tallies[key]
+
+    tallies[key] = weakref.ref(weight, forget), tally

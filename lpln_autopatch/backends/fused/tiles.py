@@ -99,21 +99,13 @@ def rounded(b_value, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_results(
-    b_xhat, p_weight, p_bias, p_y, p_kept, p_slots, p_reserved,
-    b_rows, b_columns, m_tile, N, RESERVED,
-):  # fmt: skip
-    """Store y, and xhat for backward: all features in p_kept, some in p_reserved."""
+def store_results(b_xhat, p_weight, p_bias, p_y, p_kept, b_rows, b_columns, m_tile, N):
+    """Store y, and xhat for backward."""
     b_weight = load_parameter(p_weight, b_columns, N, 1.0)
     b_bias = load_parameter(p_bias, b_columns, N, 0.0)
     store(p_y, b_xhat * b_weight + b_bias, b_rows, b_columns, m_tile, N)
     if p_kept is not None:
         store(p_kept, b_xhat, b_rows, b_columns, m_tile, N)
-    if p_slots is not None:
-        b_slot = load_slots(p_slots, b_columns, N)
-        p_own = p_reserved + b_rows[:, None] * RESERVED + b_slot
-        b_own = rounded(b_xhat, p_reserved.dtype.element_ty)
-        tl.store(p_own, b_own, m_tile & (b_slot >= 0))
 
 
 @triton.jit
@@ -125,9 +117,70 @@ def store_statistics(p_statistics, b_mean, b_rstd, b_rows, M, WITH_MEAN: tl.cons
 
 
 @triton.jit
-def count_small(p_counts, b_variance, b_rows, M, eps):
-    """Count the rows whose xhat is small. The order of whole numbers makes no difference."""
-    if p_counts is not None:
-        m_small = (b_rows < M) & (b_variance < SMALL * eps)
-        count = tl.sum(m_small.to(tl.int32), 0)
-        tl.atomic_add(p_counts + 1, count, count > 0, sem="relaxed")
+def is_lost(p_weight, p_bias, b_columns, N, worst, smallest):
+    """Return 1 for each feature whose xhat cannot be recovered from y, and 0 for the others."""
+    b_weight = tl.load(p_weight + b_columns, b_columns < N, 1.0).to(tl.float32)
+    b_bias = tl.zeros_like(b_weight)
+    if p_bias is not None:
+        b_bias = tl.load(p_bias + b_columns, b_columns < N, 0.0).to(tl.float32)
+    return (tl.abs(b_weight) < worst * (tl.abs(b_bias) + smallest)).to(tl.int32)
+
+
+@triton.jit
+def choose_slots(
+    p_x, p_weight, p_bias, p_kept, p_slots, p_reserved, p_counts, p_next,
+    b_mean, b_variance, b_rstd, b_rows, M, N, RESERVED, eps, worst, smallest,
+    inner, outer_stride, inner_stride, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Choose the slot of each feature, store the xhat of those that have one, and count.
+
+    All programs choose, and the first one stores the slots. In few norms a feature needs one.
+    """
+    if p_slots is not None:
+        is_first = tl.program_id(0) == 0
+        b_lost = tl.zeros((BLOCK,), tl.int32)
+        for begin in range(0, N, BLOCK):
+            b_columns = begin + tl.arange(0, BLOCK)
+            b_lost += is_lost(p_weight, p_bias, b_columns, N, worst, smallest)
+        lost = tl.sum(b_lost, 0)
+        if p_kept is None and lost > 0:
+            store_reserved(
+                p_x, p_weight, p_bias, p_slots, p_reserved, b_mean, b_rstd, b_rows, is_first,
+                M, N, RESERVED, worst, smallest, inner, outer_stride, inner_stride,
+                BLOCK // 8 if BLOCK >= 8 else 1,  # of a whole tile there were too many registers
+            )  # fmt: skip
+        elif is_first:
+            for begin in range(0, N, BLOCK):
+                b_columns = begin + tl.arange(0, BLOCK)
+                b_slot = tl.zeros((BLOCK,), tl.int32) + (IN_Y if p_kept is None else IN_KEPT)
+                tl.store(p_slots + b_columns, b_slot, b_columns < N)
+        if is_first:
+            tl.store(p_counts, lost)
+            tl.store(p_next + 1, 0)
+        if p_bias is not None:  # else y is xhat but for its scale: as exact where xhat is small
+            m_small = (b_rows < M) & (b_variance < SMALL * eps)
+            small = tl.sum(m_small.to(tl.int32), 0)
+            # The order of whole numbers makes no difference.
+            tl.atomic_add(p_counts + 1, small, small > 0, sem="relaxed")
+
+
+@triton.jit
+def store_reserved(
+    p_x, p_weight, p_bias, p_slots, p_reserved, b_mean, b_rstd, b_rows, is_first,
+    M, N, RESERVED, worst, smallest, inner, outer_stride, inner_stride, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store the slots, and of the rows the xhat of the features that have one: x is read again."""
+    before = tl.zeros((), tl.int32)
+    for begin in range(0, N, BLOCK):
+        b_columns = begin + tl.arange(0, BLOCK)
+        b_lost = is_lost(p_weight, p_bias, b_columns, N, worst, smallest)
+        b_slot = before + tl.cumsum(b_lost, 0) - 1
+        b_slot = tl.where((b_lost > 0) & (b_slot < RESERVED), b_slot, IN_Y)
+        before += tl.sum(b_lost, 0)
+        m_own = (b_rows < M)[:, None] & (b_slot >= 0)[None, :]
+        b_x = load(p_x, b_rows, b_columns, m_own, inner, outer_stride, inner_stride)
+        b_xhat = (b_x - b_mean[:, None]) * b_rstd[:, None]
+        p_own = p_reserved + b_rows[:, None] * RESERVED + b_slot[None, :]
+        tl.store(p_own, rounded(b_xhat, p_reserved.dtype.element_ty), m_own)
+        if is_first:
+            tl.store(p_slots + b_columns, b_slot, b_columns < N)
