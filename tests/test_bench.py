@@ -134,7 +134,7 @@ def test_call_gives_every_ratio(tmp_path):
     assert row["figures"]["/ torch.autocast"]["median"] > 1
     ours = ["lowered (native)", "lowered (fused)", "lowered (lean)"]
     if HAS_KERNELS:
-        assert of_the_host == [["stock", *ours]] * 4
+        assert of_the_host == [["stock", "native on a GPU", *ours]] * 4
         assert "kernels stubbed out, M 8, N 64, input bfloat16" in printed
     else:
         assert of_the_host == [ours]

@@ -33,7 +33,8 @@ LEGEND = """\
 M, N     rows, and features of a row; input: the dtype of x
 / NAME   time over that of NAME: median (quartiles) of the rounds; below 1 is faster
 stubbed  the host's time alone: Triton has compiled the kernels of fused and lean, for a GPU that
-         need not be here, and nothing launches them
+         need not be here, and nothing launches them; "native on a GPU" runs the operators that
+         native runs there, on CPU tensors
 gives    the dtype of what LayerNorm returns
 error    relative, against float64: of y once rounded to the autocast dtype, of each gradient"""
 SMALL, LARGE, LARGE_ON_A_GPU = (8, 64), (4096, 1024), (65536, 1024)

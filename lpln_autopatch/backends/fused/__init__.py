@@ -97,9 +97,9 @@ class Fused:
         ):
             return None
         key = (
-            *(x.shape, x.stride(), x.dtype, x.get_device(), tuple(shape), eps, dtype),
-            *(centred, self._lean, _kind(weight), _kind(bias)),
-        )
+            x.shape, x.stride(), x.dtype, x.get_device(), tuple(shape), _kind(weight), _kind(bias),
+            eps, dtype, centred, self._lean,
+        )  # fmt: skip
         try:
             return _plans[key]
         except KeyError:

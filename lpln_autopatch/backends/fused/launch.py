@@ -33,6 +33,8 @@ _TAKES_CONSTANTS = _VERSION >= (3, 3)
 # looks for them. tests/test_fused.py compares the arguments with Triton's own.
 _HAS_KNOWN_LAUNCHER = (3, 6) <= _VERSION <= (3, 9)
 
+_runtime: Any = triton.knobs.runtime if _HAS_KNOWN_LAUNCHER else None
+
 _interpreter = threading.RLock()  # it has one grid for all threads
 
 
@@ -98,12 +100,10 @@ class Launch:
         if compiled is None or not _are_aligned(given):
             self._let_triton_launch(given, allocated)
         elif _HAS_KNOWN_LAUNCHER and not _has_hooks():
-            stream = triton.runtime.driver.active.get_current_stream(self._device)
-            # None: no metadata for hooks, and no hooks.
+            stream = self._stream(self._device)
             compiled.run(
-                *self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
-                *given, *allocated, *self._after_tensors,
-            )  # fmt: skip
+                *self._grid, stream, *self._of_kernel, *given, *allocated, *self._after_tensors
+            )
         else:
             compiled[self._grid](*given, *allocated, *self._after_tensors_compiled)
 
@@ -115,13 +115,17 @@ class Launch:
             compiled = self._kernel[self._grid](*arguments, num_warps=self._warps, **OPTIONS)
         # The interpreter compiles nothing.
         if isinstance(compiled, CompiledKernel) and _are_aligned(given):
+            # None: no metadata for hooks, and no hooks.
+            self._of_kernel = compiled.function, compiled.packed_metadata, None, None, None
+            self._stream = triton.runtime.driver.active.get_current_stream
             self._compiled = compiled
 
 
 def _has_hooks() -> bool:
     """Return True if somebody, such as a profiler, wants to know of launches."""
-    runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    # A chain of hooks is empty unless somebody adds one; a function may stand in its place.
+    return bool(getattr(enter, "calls", True) or getattr(leave, "calls", True))
 
 
 def _are_aligned(tensors: tuple[Tensor | None, ...]) -> bool:
