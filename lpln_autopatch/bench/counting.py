@@ -120,19 +120,21 @@ def count(
     """
     state = [*model.parameters(), *model.buffers()]
     parameters = {tensor.untyped_storage()._cdata for tensor in model.parameters()}
-    kept: dict[int, Any] = {}
+    kept: dict[int, weakref.ref[Any]] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters and not policy.is_cast_of_weight(tensor):
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
+            kept[storage._cdata] = weakref.ref(storage)
+        return tensor.detach()  # An output would keep its own graph alive.
 
     counter = Counter([*state, *_tensors(batch)])
     with counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = forward()
-        counter.counts["kept"] = sum(kept.values())
+        # What forward itself has dropped again is not kept.
+        storages = (storage() for storage in kept.values())
+        counter.counts["kept"] = sum(s.nbytes() for s in storages if s is not None)
         torch.autograd.backward(loss)
     model.zero_grad()
     return counter.counts
