@@ -56,10 +56,23 @@ def sam2_memory_encoder(**config: Any) -> torch.nn.Module:
     return result
 
 
+class _Pairs(torch.nn.Module):
+    """A CLIP that gives the similarity of each image and each text, so that both are trained."""
+
+    def __init__(self, clip: torch.nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        of_images, of_texts, scale, *_ = self.clip(image, text)
+        similarity: torch.Tensor = scale * of_images @ of_texts.T
+        return similarity
+
+
 def open_clip_vit_b_32(**config: Any) -> torch.nn.Module:
     """Return CLIP ViT-B/32 of open_clip, whose LayerNorm casts back to the dtype of its input."""
     options = {"device": torch.get_default_device(), **config}
-    model: Any = import_module("open_clip").create_model("ViT-B-32", **options)
+    model: Any = _Pairs(import_module("open_clip").create_model("ViT-B-32", **options))
 
     def make_batch(items: int, length: int, device: str) -> dict[str, Any]:
         tokens = torch.randint(49408, (items, 77), device=device)
