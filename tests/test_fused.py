@@ -255,45 +255,105 @@ def test_strides_of_the_leading_dimensions_are_not_copied(view):
 
 
 @runs_kernels
-@pytest.mark.parametrize("backend", [fused.fused, fused.lean])
-def test_what_differs_in_one_thing_has_a_plan_of_its_own(backend, monkeypatch):
-    """Sizes, strides, dtypes, eps, missing parameters: in turn, twice, and each time right."""
+def test_what_differs_in_one_thing_has_a_plan_of_its_own(monkeypatch):
+    """Every part of a call's kind, in turn, twice, by both backends, and each time right."""
     monkeypatch.setattr(fused, "_plans", {})
     torch.manual_seed(0)
     x = torch.randn(6, 64, device=DEVICE)
     w, b = (torch.nn.Parameter(torch.rand(64, device=DEVICE) + 0.5) for _ in range(2))
+    square = torch.nn.Parameter(torch.rand(8, 8, device=DEVICE) + 0.5)
+    column = torch.nn.Parameter(torch.rand(8, device=DEVICE) + 0.5)
     calls = [
         (x, w, b, 1e-5, BF16),
         (x[:5], w, b, 1e-5, BF16),
+        (x[:3], w, b, 1e-5, BF16),
         (x[::2], w, b, 1e-5, BF16),
         (x.view(2, 3, 64), w, b, 1e-5, BF16),
+        (x.view(6, 8, 8), column, None, 1e-5, BF16),
+        (x.view(6, 8, 8), square, None, 1e-5, BF16),
         (x.to(BF16), w, b, 1e-5, BF16),
         (x, w, b, 1e-1, BF16),
         (x, w, b, 1e-5, FP16),
         (x, torch.nn.Parameter(w.detach().to(BF16)), b, 1e-5, BF16),
+        (x, w, torch.nn.Parameter(b.detach().to(BF16)), 1e-5, BF16),
         (x, w, None, 1e-5, BF16),
         (x, None, None, 1e-5, BF16),
     ]
-    for turn in range(2):
-        for x, weight, bias, eps, dtype in calls:
-            x = x.detach().requires_grad_()
-            y = backend(x, (64,), weight, bias, eps, dtype)
-            dy = torch.randn(y.shape, device=DEVICE, dtype=dtype)
-            (dx,) = torch.autograd.grad(y, x, dy)
-            y_exact, dx_exact, *_ = exact(x, (64,), weight, bias, dy, eps)
-            assert_rounded_once([y], [y_exact])
-            assert (dx.double() - dx_exact).norm() < 4e-3 * dx_exact.norm()
-        assert len(fused._plans) == len(calls), turn
+    for _ in range(2):
+        for backend in (fused.fused, fused.lean):
+            for call in calls:
+                run_call(backend, *call)
+            run_call(backend, x, w, None, 1e-5, BF16, rms=True)
+        assert len(fused._plans) == 2 * (len(calls) + 1)
+    assert goes_native(x, (64,), torch.ones(128, device=DEVICE)[::2], b)
+    assert goes_native(x, (64,), torch._neg_view(w.detach()), b)
+
+
+def run_call(backend, x, weight, bias, eps, dtype, rms=False):
+    """A call by a backend is right, and so is its gradient of x."""
+    x = x.detach().requires_grad_()
+    shape = (64,) if weight is None else tuple(weight.shape)
+    run = backend.rms_norm if rms else backend
+    y = run(x, shape, *((weight,) if rms else (weight, bias)), eps, dtype)
+    assert y.dtype is dtype
+    assert "FusedNorm" in type(y.grad_fn).__name__
+    dy = torch.randn(y.shape, device=DEVICE, dtype=dtype)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    y_exact, dx_exact, *_ = exact(x, shape, weight, bias, dy, eps, rms)
+    assert_rounded_once([y], [y_exact])
+    assert (dx.double() - dx_exact).norm() < 4e-3 * dx_exact.norm()
 
 
 @runs_kernels
 def test_plans_are_dropped_when_there_are_too_many(monkeypatch):
-    """A program whose sizes never come again keeps a limited number of plans."""
+    """A program whose sizes and strides never come again keeps a limited number of plans."""
+    from lpln_autopatch.backends.fused import plan
+
     monkeypatch.setattr(fused, "_plans", {})
     monkeypatch.setattr(fused, "_MOST_PLANS", 3)
     for rows in range(1, 8):
         check(*arguments((rows, 8)))
     assert len(fused._plans) == 1
+    (last,) = fused._plans.values()
+    monkeypatch.setattr(plan, "_MOST_LAUNCHES", 3)
+    case = arguments((7, 8))
+    for stride in range(9, 16):
+        dy = torch.randn(7, stride, device=DEVICE, dtype=BF16)[:, :8]
+        _, *results = run(*case, dy=dy)
+        assert_right(case[0], BF16, results, exact(*case, dy))
+    assert len(last._backward_launches) <= 3
+
+
+@runs_kernels
+@pytest.mark.parametrize("backend", [fused.fused, fused.lean])
+@pytest.mark.parametrize("change", ["a parameter is freed", "x is freed", "a hook cuts"])
+def test_other_sizes_in_backward_are_an_error(backend, change):
+    """Parameters and activations without memory, as ZeRO leaves them: nothing is overwritten."""
+    x, shape, w, b = arguments((4, 64), x_dtype=BF16)
+    w = torch.nn.Parameter(w.detach())
+    cut = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t, lambda t: t[..., :1].contiguous() if change == "a hook cuts" else t
+    )
+    with cut:
+        y = backend(x, shape, w, b, 1e-5, BF16)
+    if change == "a parameter is freed":
+        w.data = torch.empty(0, device=DEVICE)
+    if change == "x is freed":
+        if backend is fused.lean:
+            b.data = torch.empty(0, device=DEVICE)  # x is not kept
+        else:
+            x.data = torch.empty(0, device=DEVICE, dtype=BF16)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(y, [x, w, b], torch.ones_like(y))
+
+
+@runs_kernels
+def test_parameter_that_has_leaked_out_of_a_transform_goes_native():
+    """A dead wrapper of torch.func, which has no memory of its own."""
+    x, shape, w, b = arguments((4, 8))
+    leaked = []
+    torch.func.grad(lambda w: leaked.append(w) or w.sum())(w.detach())
+    assert goes_native(x, shape, leaked[0], b)
 
 
 @runs_kernels
@@ -503,6 +563,8 @@ def test_wrong_shapes_get_pytorchs_own_error():
         fused.fused(x, shape, w[:7], b, 1e-5, BF16)
     with pytest.raises(RuntimeError, match="at least 1-dimensional"):
         fused.fused(x[0, 0], (), None, None, 1e-5, BF16)
+    with pytest.raises(TypeError, match="normalized_shape"):
+        fused.fused(x, [[8]], None, None, 1e-5, BF16)
 
 
 @runs_kernels
@@ -838,7 +900,7 @@ COMPILE = textwrap.dedent(
         p_x="*fp32", p_weight="*fp32", p_bias="*fp32", p_y="*bf16", p_dy="*bf16", p_dx="*fp32",
         p_kept="*bf16", p_statistics="*fp32", p_partials="*fp32", p_dweight="*fp32",
         p_dbias="*fp32", p_slots="*i32", p_counts="*i32", p_next="*i32", p_reserved="*bf16",
-        eps="fp32", worst="fp32", smallest="fp32", rounding="fp32",
+        eps="fp32", smallest="fp32", rounding="fp32",
     )
 
     def compile(name, warps, **constants):
@@ -850,7 +912,7 @@ COMPILE = textwrap.dedent(
             for needed in ("p_statistics", "p_kept"):
                 constants.pop(needed, None)
         signature = {a: "constexpr" if a in constants else TYPES.get(a, "i32") for a in arguments}
-        unspecialised = "M", "RESERVED", "programs"
+        unspecialised = "M", "programs"
         aligned = {
             (i,): [["tt.divisibility", 16]]
             for i, a in enumerate(arguments)
@@ -982,7 +1044,7 @@ LAUNCH = textwrap.dedent(
     x, y = torch.ones(8, 64), torch.ones(8, 64, dtype=bf16)
     from lpln_autopatch.backends.fused import forward_kernels
     for rows in (8, 2**31 - 1, 2**31, 8):
-        numbers = rows, 64, 0, 1e-5, 0.2, 1e-38, 1, 64, 0
+        numbers = rows, 64, 1e-5, 1e-38, 1, 64, 0
         launched = Launch(
             forward_kernels.norm_forward, (1, 1, 1), -1, numbers, (True, False, 8, 64), 1
         )

@@ -276,7 +276,7 @@ def test_rows_of_small_variance_keep_xhat(std, ratio, looped, monkeypatch):
     """Beside an xhat that is small itself the rounding of y is large: dweight is within 1e-2."""
     if looped:
         monkeypatch.setattr(grid, "tile", lambda n, of_long_rows: grid.Tile(16, 128, 4, True))
-        torch.manual_seed(0)
+    torch.manual_seed(0)
     weight, bias = parameters(256, ratio)
     x = (torch.randn(64, 256) * std + 1).requires_grad_()
     dy = torch.randn(64, 256).to(BF16)

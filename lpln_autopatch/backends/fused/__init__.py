@@ -104,10 +104,12 @@ class Fused:
             return _plans[key]
         except KeyError:
             plan = None
+        except TypeError:  # a shape that is none: PyTorch's own error
+            return None
         if _take(x, shape, weight, bias):
             arguments = x, len(shape), weight, bias, eps, dtype, centred, self._lean
             plan = _triton().Plan(*arguments)
-        if len(_plans) == _MOST_PLANS:
+        if len(_plans) >= _MOST_PLANS:
             _plans.clear()
         _plans[key] = plan
         return plan
@@ -127,7 +129,7 @@ def _kind(parameter: Affine) -> object:
     if parameter is None:
         return None
     p = parameter
-    return type(p), p.dtype, p.shape, p.device, p.is_contiguous(), p.is_neg()
+    return is_what_lies_in_memory(p), p.dtype, p.shape, p.device, p.is_contiguous()
 
 
 @functools.cache
@@ -180,8 +182,8 @@ def _take(x: Tensor, shape: Shape, weight: Affine, bias: Affine) -> bool:
     return (
         gradients.takes(x, shape, weight, bias)
         and x.shape[-len(shape) :].numel() <= MAX_FEATURES
-        and (weight is None or (weight.is_contiguous() and not weight.is_neg()))
-        and (bias is None or (bias.is_contiguous() and not bias.is_neg()))
+        and (weight is None or (weight.is_contiguous() and is_what_lies_in_memory(weight)))
+        and (bias is None or (bias.is_contiguous() and is_what_lies_in_memory(bias)))
     )
 
 

@@ -2,7 +2,7 @@
 
 Arguments that it does not explain:
     p_kept: x, if IS_X; else xhat, or y where p_slots says so.
-    rounding, smallest: The eps of y's dtype, and its smallest normal number.
+    rounding: The eps of y's dtype.
     p_partials: float32, shape (2, programs, N): the sums for dweight and dbias of each program.
 """
 
@@ -14,10 +14,10 @@ import triton.language as tl
 from lpln_autopatch.backends.fused import tiles
 
 
-@triton.jit(do_not_specialize=["M", "RESERVED"])
+@triton.jit(do_not_specialize=["M"])
 def norm_backward(
     p_kept, p_dy, p_statistics, p_weight, p_bias, p_slots, p_reserved, p_dx, p_partials,
-    M, N, RESERVED, rounding, smallest,
+    M, N, rounding, smallest,
     x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
     CENTRED: tl.constexpr, IS_X: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -36,7 +36,7 @@ def norm_backward(
         m_tile = (b_rows < M)[:, None] & (b_columns < N)[None, :]
         b_xhat = tiles.load_xhat(
             p_kept, p_statistics, b_bias, b_inverse, b_slot, p_slots, p_reserved,
-            b_rows, b_columns, m_tile, M, RESERVED,
+            b_rows, b_columns, m_tile, M, N,
             x_inner, x_outer_stride, x_inner_stride, CENTRED, IS_X,
         )  # fmt: skip
         b_dy = tiles.load(
@@ -60,10 +60,10 @@ def norm_backward(
         tl.store(p_own + tl.num_programs(0) * N, tl.sum(b_dbias, 0), b_columns < N)
 
 
-@triton.jit(do_not_specialize=["M", "RESERVED"])
+@triton.jit(do_not_specialize=["M"])
 def norm_backward_looped(
     p_kept, p_dy, p_statistics, p_weight, p_bias, p_slots, p_reserved, p_dx, p_partials,
-    M, N, RESERVED, rounding, smallest,
+    M, N, rounding, smallest,
     x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
     CENTRED: tl.constexpr, IS_X: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -78,7 +78,7 @@ def norm_backward_looped(
             for begin in tl.range(0, N, BLOCK, num_stages=STAGES):
                 b_columns, m_tile, b_xhat, b_dy, b_g = _load_block(
                     p_kept, p_weight, p_bias, p_dy, p_statistics, p_slots, p_reserved,
-                    b_rows, begin, M, N, RESERVED, rounding, smallest,
+                    b_rows, begin, M, N, rounding, smallest,
                     x_inner, x_outer_stride, x_inner_stride,
                     dy_inner, dy_outer_stride, dy_inner_stride, CENTRED, IS_X, BLOCK,
                 )  # fmt: skip
@@ -88,7 +88,7 @@ def norm_backward_looped(
         for begin in tl.range(0, N, BLOCK, num_stages=STAGES):
             b_columns, m_tile, b_xhat, b_dy, b_g = _load_block(
                 p_kept, p_weight, p_bias, p_dy, p_statistics, p_slots, p_reserved,
-                b_rows, begin, M, N, RESERVED, rounding, smallest,
+                b_rows, begin, M, N, rounding, smallest,
                 x_inner, x_outer_stride, x_inner_stride,
                 dy_inner, dy_outer_stride, dy_inner_stride, CENTRED, IS_X, BLOCK,
             )  # fmt: skip
@@ -110,7 +110,7 @@ def norm_backward_looped(
 @triton.jit
 def _load_block(
     p_kept, p_weight, p_bias, p_dy, p_statistics, p_slots, p_reserved,
-    b_rows, begin, M, N, RESERVED, rounding, smallest,
+    b_rows, begin, M, N, rounding, smallest,
     x_inner, x_outer_stride, x_inner_stride, dy_inner, dy_outer_stride, dy_inner_stride,
     CENTRED: tl.constexpr, IS_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +122,7 @@ def _load_block(
     )
     b_xhat = tiles.load_xhat(
         p_kept, p_statistics, b_bias, b_inverse, b_slot, p_slots, p_reserved,
-        b_rows, b_columns, m_tile, M, RESERVED,
+        b_rows, b_columns, m_tile, M, N,
         x_inner, x_outer_stride, x_inner_stride, CENTRED, IS_X,
     )  # fmt: skip
     b_dy = tiles.load(p_dy, b_rows, b_columns, m_tile, dy_inner, dy_outer_stride, dy_inner_stride)

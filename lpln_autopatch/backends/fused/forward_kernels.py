@@ -12,11 +12,12 @@ that several kernels share:
     p_statistics: float32, shape (1, M) or (2, M): 1 / sqrt(variance + eps), and the mean.
     p_kept: xhat = (x - mean) / sqrt(variance + eps), rounded.
     p_slots: int32, shape (N,): the place of the xhat of each feature, for `recovery.py`. From 0 on:
-        rounded, in that element of the row of p_reserved, shape (M, RESERVED). tiles.IN_Y: in y.
+        rounded, in that element of the row of p_reserved, shape (M, slots). tiles.IN_Y: in y.
         tiles.IN_KEPT: in the kept tensor.
-    p_counts: int32, shape (2,): features that cannot be recovered from y, and rows, added to 0.
-    p_next: The counts of the next call: its rows are set to 0.
-    worst, smallest: A feature needs a slot if |weight| < worst * (|bias| + smallest).
+    p_counts: int32, shape (2,): features that cannot be recovered from y, and small rows, which are
+        added to the 0 that the call before has left there.
+    p_next: The counts of the next call.
+    smallest: The smallest normal number of y's dtype.
     x_inner, x_outer_stride, x_inner_stride: row r begins at element
         (r // inner) * outer_stride + (r % inner) * inner_stride.
 """
@@ -30,10 +31,10 @@ from lpln_autopatch.backends.fused import tiles
 
 
 # M changes from batch to batch: no compilation for each kind of number that it may be.
-@triton.jit(do_not_specialize=["M", "RESERVED"])
+@triton.jit(do_not_specialize=["M"])
 def norm_forward(
     p_x, p_weight, p_bias, p_y, p_statistics, p_kept, p_slots, p_reserved, p_counts, p_next,
-    M, N, RESERVED, eps, worst, smallest, x_inner, x_outer_stride, x_inner_stride,
+    M, N, eps, smallest, x_inner, x_outer_stride, x_inner_stride,
     CENTRED: tl.constexpr, WITH_MEAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b_rows = tiles.rows(tl.program_id(0).to(tl.int64) * ROWS, ROWS)
@@ -52,15 +53,15 @@ def norm_forward(
     )
     tiles.choose_slots(
         p_x, p_weight, p_bias, p_kept, p_slots, p_reserved, p_counts, p_next,
-        b_mean, b_variance, b_rstd, b_rows, M, N, RESERVED, eps, worst, smallest,
+        b_mean, b_variance, b_rstd, b_rows, M, N, eps, smallest,
         x_inner, x_outer_stride, x_inner_stride, BLOCK,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "RESERVED"])
+@triton.jit(do_not_specialize=["M"])
 def norm_forward_looped(
     p_x, p_weight, p_bias, p_y, p_statistics, p_kept, p_slots, p_reserved, p_counts, p_next,
-    M, N, RESERVED, eps, worst, smallest, x_inner, x_outer_stride, x_inner_stride,
+    M, N, eps, smallest, x_inner, x_outer_stride, x_inner_stride,
     CENTRED: tl.constexpr, WITH_MEAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b_rows = tiles.rows(tl.program_id(0).to(tl.int64) * ROWS, ROWS)
@@ -90,6 +91,6 @@ def norm_forward_looped(
         tiles.store_results(b_xhat, p_weight, p_bias, p_y, p_kept, b_rows, b_columns, m_tile, N)
     tiles.choose_slots(
         p_x, p_weight, p_bias, p_kept, p_slots, p_reserved, p_counts, p_next,
-        b_mean, b_squares / N, b_rstd, b_rows, M, N, RESERVED, eps, worst, smallest,
+        b_mean, b_squares / N, b_rstd, b_rows, M, N, eps, smallest,
         x_inner, x_outer_stride, x_inner_stride, BLOCK,
     )  # fmt: skip

@@ -86,7 +86,7 @@ class FusedNorm(torch.autograd.Function):
         return *gradients, None
 
 
-# Without what `FusedNorm.apply` does for transforms of functorch, to which no plan is made.
+# Without what `FusedNorm.apply` does for the tensors of functorch, which no plan takes.
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, FusedNorm).apply
 
 
@@ -101,15 +101,15 @@ def _recoverable(plan: Plan, x: Tensor, weight: Tensor, bias: Affine) -> Result:
     """Run a call of `lean` with parameters, whose xhat backward finds in y or not."""
     tally = rules.tally_of(weight)
     if tally is not None:
-        tally.turn()
-        result = plan.forward(x, weight, bias, "y" if tally.allows_y(plan.slots) else "xhat", tally)
-        tally.send(plan.rows)
+        counts = tally.turn()
+        keep = "y" if tally.allows_y(plan.slots) else "xhat"
+        result = plan.forward(x, weight, bias, keep, counts)
+        tally.send(counts[0], plan.rows)
         return result
     tally = Tally(weight)
-    result = plan.forward(x, weight, bias, "y", tally)
+    result = plan.forward(x, weight, bias, "y", tally.turn())
     if not tally.wait(plan.slots, plan.rows):
-        tally.turn()
-        result = plan.forward(x, weight, bias, "xhat", tally)
+        result = plan.forward(x, weight, bias, "xhat", tally.turn())
     if plan.counts_arrive_late:
         rules.remember(weight, tally)
     return result
@@ -122,16 +122,19 @@ def _kernels_take(plan: Plan, is_x: bool, dy: Tensor, saved: Sequence[Tensor | N
         return False
     if dy.dtype is not plan.dtype or not is_what_lies_in_memory(dy):
         return False
-    # Hooks on saved tensors may give back anything of the right shape.
-    for tensor, dtype in zip(saved, plan.dtypes_saved[is_x], strict=False):
+    # Hooks on saved tensors may give back anything, and `.data` may be another's since forward.
+    for tensor, (dtype, size) in zip(saved, plan.saved[is_x], strict=False):
         if tensor is not None and not (
             tensor.dtype is dtype
+            and tensor.numel() == size
+            and tensor.get_device() == dy.get_device()
             and type(tensor) in gradients.PLAIN
             and not tensor.is_neg()
             and (tensor.is_contiguous() or tensor is saved[0])  # Its strides are looked at.
         ):
             return False
-    return True
+    kept = saved[0]
+    return kept is not None and kept.shape == dy.shape
 
 
 def is_what_lies_in_memory(tensor: Tensor) -> bool:

@@ -7,6 +7,7 @@ does. In the versions of Triton that are known its launcher is called, which tak
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import threading
@@ -35,7 +36,8 @@ _HAS_KNOWN_LAUNCHER = (3, 6) <= _VERSION <= (3, 9)
 
 _runtime: Any = triton.knobs.runtime if _HAS_KNOWN_LAUNCHER else None
 
-_interpreter = threading.RLock()  # it has one grid for all threads
+# The interpreter has one grid for all threads.
+_interpreter: Any = threading.RLock() if INTERPRETED else contextlib.nullcontext()
 
 
 @functools.cache

@@ -11,8 +11,10 @@ from torch import Tensor
 from lpln_autopatch.backends.fused import backward_kernels, forward_kernels, grid
 from lpln_autopatch.backends.fused.launch import INTERPRETED, Launch
 from lpln_autopatch.backends.fused.launch import takes_cpu as takes_cpu
-from lpln_autopatch.backends.fused.recovery import WORST_RATIO, Recovery, Tally, slots_for
+from lpln_autopatch.backends.fused.recovery import Recovery, slots_for
 from lpln_autopatch.backends.protocol import Affine
+
+_MOST_LAUNCHES = 64  # of backward: the strides of dy may be new ones in each step
 
 
 class Result(NamedTuple):
@@ -38,11 +40,11 @@ class Plan:
     Attributes:
         n_dims: The trailing dimensions that are normalised.
         rows: The rows of x.
-        slots: The slots of a `Recovery`.
+        slots: How many features have a slot.
         eps: Added to the variance.
         dtype: The dtype of the result.
         dtypes: Those of x, weight and bias; float32 for one that is None.
-        dtypes_saved: Those of what `FusedNorm` saves, where it keeps y or xhat, and where x.
+        saved: The dtypes and sizes of what `FusedNorm` saves, by whether x is kept.
         centred: Subtract the mean, as a LayerNorm does; an RMSNorm does not.
         lean: Keep y for backward, if xhat can be recovered from it.
         counts_arrive_late: Counts take a while from the device to the host.
@@ -65,7 +67,7 @@ class Plan:
 
         Args:
             x: Input, shape (..., *normalized_shape), float32, float16 or bfloat16, any strides.
-            n_dims: The length of normalized_shape. The arguments after it are described above.
+            n_dims: The length of normalized_shape. It is an attribute, as are eps and what follows.
             weight: Scale, shape normalized_shape, contiguous, float, or None.
             bias: Shift, the same.
         """
@@ -76,14 +78,24 @@ class Plan:
         self.eps, self.dtype, self.centred, self.lean = float(eps), dtype, centred, lean
         self.dtypes = [torch.float32 if t is None else t.dtype for t in (x, weight, bias)]
         of_x, of_weight, of_bias = self.dtypes
-        self.dtypes_saved = [
-            (of_kept, torch.float32, of_weight, of_bias, torch.int32, dtype)
-            for of_kept in (dtype, of_x)
-        ]
+        n, m = self._n, self.rows
+        self.saved = {
+            is_x: (
+                (of_x if is_x else dtype, m * n),
+                (torch.float32, (1 + (centred and is_x)) * m),
+                (of_weight, n),
+                (of_bias, n),
+                (torch.int32, n),
+                (dtype, m * self.slots),
+            )
+            for is_x in (False, True)
+        }
         self._device = x.get_device()
         self._multiprocessors = _multiprocessors(x.device)
-        read, self._layout = _layout(x, n_dims, self._n)
-        self._copies_x = read is not x
+        # The layout alone is asked for, not a copy of x.
+        alike = torch.empty_strided(x.shape, x.stride(), device="meta")
+        read, self._layout = _layout(alike, n_dims, self._n)
+        self._copies_x = read is not alike
         self._forward_launches: dict[tuple[Any, ...], Launch] = {}
         self._backward_launches: dict[tuple[Any, ...], _Backward] = {}
 
@@ -93,14 +105,14 @@ class Plan:
         weight: Affine,
         bias: Affine,
         keep: str | None = None,
-        tally: Tally | None = None,
+        counts: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
     ) -> Result:
         """Normalise `x`, and keep "x", "xhat" or "y" for backward, or nothing.
 
-        With a tally xhat can be recovered from y, or is kept in its place, and is counted.
+        With the counts of a `Tally` backward recovers xhat from y, or finds it in its place.
         """
         y = torch.empty_like(x, dtype=self.dtype, memory_format=torch.contiguous_format)
-        kept = statistics = xhat = recovery = slots = reserved = counts = following = None
+        kept = statistics = xhat = recovery = slots = reserved = None
         if keep is not None:
             with_mean = self.centred and keep == "x"
             statistics = x.new_empty(1 + with_mean, self.rows, dtype=torch.float32)
@@ -109,28 +121,29 @@ class Plan:
                 kept = x
             elif keep == "xhat":
                 kept = xhat = torch.empty_like(y)
-            if tally is not None:
-                recovery = Recovery.empty(x, self._n, self.rows, self.dtype)
-                slots, reserved = recovery.slots, recovery.reserved
-                counts, following = tally.counts, tally.next
-        launch = self._forward_launches.get((keep, tally is None))
+            if counts[0] is not None:
+                # Numbers and no tuples, which take `new_empty` twice as long.
+                slots = x.new_empty(self._n, dtype=torch.int32)
+                reserved = x.new_empty(self.rows, self.slots, dtype=self.dtype)
+                recovery = Recovery(slots, reserved)
+        launch = self._forward_launches.get((keep, recovery is None))
         if launch is None:
             launch = self._plan_forward(keep)
-            self._forward_launches[keep, tally is None] = launch
+            self._forward_launches[keep, recovery is None] = launch
         launch(
             (x.contiguous() if self._copies_x else x, weight, bias),
-            (y, statistics, xhat, slots, reserved, counts, following),
+            (y, statistics, xhat, slots, reserved, *counts),
         )
         return Result(y, kept, statistics, recovery)
 
     def _plan_forward(self, keep: str | None) -> Launch:
         tile = grid.tile(self._n, grid.LOOPED_FORWARD)
-        smallest = _limits(self.dtype)[1]
+        _, smallest = _limits(self.dtype)
         with_mean = self.centred and keep == "x"
         return Launch(
             forward_kernels.norm_forward_looped if tile.looped else forward_kernels.norm_forward,
             (-(-self.rows // tile.rows), 1, 1), self._device,
-            (self.rows, self._n, self.slots, self.eps, 1 / WORST_RATIO, smallest, *self._layout),
+            (self.rows, self._n, self.eps, smallest, *self._layout),
             (self.centred, with_mean, tile.rows, tile.block), tile.warps,
         )  # fmt: skip
 
@@ -149,7 +162,8 @@ class Plan:
 
         Args:
             dy: The gradient of y, in its dtype, any strides.
-            kept: Of a `Result`, any strides. So are `statistics` and `recovery`, contiguous.
+            kept: Of a `Result`; any strides.
+            statistics: Of the same; contiguous. So is the recovery.
             weight: As in forward. So is bias, without which nothing is recovered.
             wanted: True for each of the three that is computed. The others are None.
             is_x: True if x itself was kept.
@@ -160,6 +174,8 @@ class Plan:
         launches = self._backward_launches.get(key)
         if launches is None:
             launches = self._plan_backward(is_x, recovery is not None, kept_layout + dy_layout)
+            if len(self._backward_launches) >= _MOST_LAUNCHES:
+                self._backward_launches.clear()
             self._backward_launches[key] = launches
         of_x, of_weight, of_bias = self.dtypes
         dx = dweight = dbias = partials = slots = reserved = None
@@ -185,7 +201,7 @@ class Plan:
             if tile.looped
             else backward_kernels.norm_backward,
             (programs, 1, 1), self._device,
-            (self.rows, self._n, self.slots, *_limits(self.dtype), *layouts),
+            (self.rows, self._n, *_limits(self.dtype), *layouts),
             (self.centred, is_x, tile.rows, tile.block, stages), tile.warps,
         )  # fmt: skip
         of_sums = Launch(

@@ -59,13 +59,6 @@ class Recovery:
     slots: Tensor
     reserved: Tensor
 
-    @classmethod
-    def empty(cls, x: Tensor, features: int, rows: int, dtype: torch.dtype) -> Recovery:
-        """Allocate the memory beside `x`, for a y of so many features and rows, in `dtype`."""
-        # Numbers and no tuples, which take `new_empty` twice as long.
-        slots = x.new_empty(features, dtype=torch.int32)
-        return cls(slots, x.new_empty(rows, slots_for(features), dtype=dtype))
-
 
 def slots_for(features: int) -> int:
     """Return the number of slots for so many features."""
@@ -76,15 +69,14 @@ class Tally:
     """The counts of the calls with one parameter.
 
     Attributes:
-        counts: int32, shape (2,): features that need a slot, and small rows. The kernels of a call
-            write it, if its rows were 0 before.
-        next: The counts of the next call, of which the kernels set the rows to 0.
+        counts: int32, shape (2,): features that need a slot, and small rows, of the last call. Its
+            kernel has set those of the next call to 0.
         arrived: A copy on the host, of one call or of the next: four bytes a count are never torn.
         rows: The rows of the call that asked for the copy.
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self.counts, self.next = (weight.new_zeros(2, dtype=torch.int32) for _ in range(2))
+        self.counts, self._next = (weight.new_zeros(2, dtype=torch.int32) for _ in range(2))
         # The device can copy to pinned memory while the host goes on.
         self.arrived = torch.empty(2, dtype=torch.int32, device="cpu", pin_memory=weight.is_cuda)
         self.rows = 0
@@ -97,20 +89,21 @@ class Tally:
         """
         return self._is_recoverable(slots // 2, self.rows // 2)
 
+    def turn(self) -> tuple[Tensor, Tensor]:
+        """Return the counts that the next call writes, and those that it sets to 0."""
+        self.counts, self._next = now, following = self._next, self.counts
+        return now, following
+
     def wait(self, slots: int, rows: int) -> bool:
         """Return True if the call that has just run may keep y, when its counts have arrived."""
         self.rows = rows
         self.arrived.copy_(self.counts)
         return self._is_recoverable(slots, rows)
 
-    def send(self, rows: int) -> None:
-        """Copy the counts to the host when the device has written them."""
+    def send(self, counts: Tensor, rows: int) -> None:
+        """Copy the counts of a call to the host when the device has written them."""
         self.rows = rows
-        self.arrived.copy_(self.counts, non_blocking=True)
-
-    def turn(self) -> None:
-        """Have the next call write counts of its own."""
-        self.counts, self.next = self.next, self.counts
+        self.arrived.copy_(counts, non_blocking=True)
 
     def _is_recoverable(self, slots: int, rows: int) -> bool:
         lost, small = self.arrived.tolist()

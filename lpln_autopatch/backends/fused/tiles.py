@@ -10,6 +10,8 @@ import os
 import triton
 import triton.language as tl
 
+from lpln_autopatch.backends.fused import recovery
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """True if Triton runs the kernels in NumPy, on CPU tensors, for tests without a GPU."""
 
@@ -18,6 +20,9 @@ IN_KEPT = tl.constexpr(-2)
 
 SMALL = tl.constexpr(4)
 """The xhat of a row is small if its variance is less than so many times eps."""
+
+WORST = tl.constexpr(1 / recovery.WORST_RATIO)
+FEATURES_PER_SLOT = tl.constexpr(recovery.FEATURES_PER_SLOT)
 
 
 @triton.jit
@@ -42,11 +47,6 @@ def load_parameter(p_parameter, b_columns, N, if_none: tl.constexpr):
 
 
 @triton.jit
-def load_slots(p_slots, b_columns, N):
-    return tl.load(p_slots + b_columns, b_columns < N, IN_KEPT)[None, :]
-
-
-@triton.jit
 def load_recovery(p_weight, p_bias, p_slots, b_columns, N, rounding, smallest):
     """Load bias, 1 / weight and slot of the features: xhat = (y - bias) / weight."""
     if p_slots is None:
@@ -59,19 +59,19 @@ def load_recovery(p_weight, p_bias, p_slots, b_columns, N, rounding, smallest):
         # Where y is noise alone 0 is the better guess.
         m_known = tl.abs(b_weight) > rounding * (tl.abs(b_bias) + smallest)
         b_inverse = tl.where(m_known, 1 / tl.where(m_known, b_weight, 1.0), 0.0)
-        b_slot = load_slots(p_slots, b_columns, N)
+        b_slot = tl.load(p_slots + b_columns, b_columns < N, IN_KEPT)[None, :]
     return b_bias, b_inverse, b_slot
 
 
 @triton.jit
 def load_xhat(
     p_kept, p_statistics, b_bias, b_inverse, b_slot, p_slots, p_reserved,
-    b_rows, b_columns, m_tile, M, RESERVED, inner, outer_stride, inner_stride,
+    b_rows, b_columns, m_tile, M, N, inner, outer_stride, inner_stride,
     CENTRED: tl.constexpr, IS_X: tl.constexpr,
 ):  # fmt: skip
     b_xhat = load(p_kept, b_rows, b_columns, m_tile, inner, outer_stride, inner_stride)
     if p_slots is not None:
-        p_own = p_reserved + b_rows[:, None] * RESERVED + b_slot
+        p_own = p_reserved + b_rows[:, None] * slots_for(N) + b_slot
         b_own = tl.load(p_own, m_tile & (b_slot >= 0), 0.0).to(tl.float32)
         b_xhat = tl.where(b_slot == IN_Y, (b_xhat - b_bias) * b_inverse, b_xhat)
         b_xhat = tl.where(b_slot >= 0, b_own, b_xhat)
@@ -117,19 +117,24 @@ def store_statistics(p_statistics, b_mean, b_rstd, b_rows, M, WITH_MEAN: tl.cons
 
 
 @triton.jit
-def is_lost(p_weight, p_bias, b_columns, N, worst, smallest):
+def slots_for(N):
+    return tl.cdiv(N, FEATURES_PER_SLOT)
+
+
+@triton.jit
+def is_lost(p_weight, p_bias, b_columns, N, smallest):
     """Return 1 for each feature whose xhat cannot be recovered from y, and 0 for the others."""
     b_weight = tl.load(p_weight + b_columns, b_columns < N, 1.0).to(tl.float32)
     b_bias = tl.zeros_like(b_weight)
     if p_bias is not None:
         b_bias = tl.load(p_bias + b_columns, b_columns < N, 0.0).to(tl.float32)
-    return (tl.abs(b_weight) < worst * (tl.abs(b_bias) + smallest)).to(tl.int32)
+    return (tl.abs(b_weight) < WORST * (tl.abs(b_bias) + smallest)).to(tl.int32)
 
 
 @triton.jit
 def choose_slots(
     p_x, p_weight, p_bias, p_kept, p_slots, p_reserved, p_counts, p_next,
-    b_mean, b_variance, b_rstd, b_rows, M, N, RESERVED, eps, worst, smallest,
+    b_mean, b_variance, b_rstd, b_rows, M, N, eps, smallest,
     inner, outer_stride, inner_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Choose the slot of each feature, store the xhat of those that have one, and count.
@@ -137,24 +142,23 @@ def choose_slots(
     All programs choose, and the first one stores the slots. In few norms a feature needs one.
     """
     if p_slots is not None:
-        is_first = tl.program_id(0) == 0
         b_lost = tl.zeros((BLOCK,), tl.int32)
         for begin in range(0, N, BLOCK):
             b_columns = begin + tl.arange(0, BLOCK)
-            b_lost += is_lost(p_weight, p_bias, b_columns, N, worst, smallest)
+            b_lost += is_lost(p_weight, p_bias, b_columns, N, smallest)
         lost = tl.sum(b_lost, 0)
         if p_kept is None and lost > 0:
             store_reserved(
-                p_x, p_weight, p_bias, p_slots, p_reserved, b_mean, b_rstd, b_rows, is_first,
-                M, N, RESERVED, worst, smallest, inner, outer_stride, inner_stride,
+                p_x, p_weight, p_bias, p_slots, p_reserved, b_mean, b_rstd, b_rows,
+                M, N, smallest, inner, outer_stride, inner_stride,
                 BLOCK // 8 if BLOCK >= 8 else 1,  # of a whole tile there were too many registers
             )  # fmt: skip
-        elif is_first:
+        elif tl.program_id(0) == 0:
             for begin in range(0, N, BLOCK):
                 b_columns = begin + tl.arange(0, BLOCK)
                 b_slot = tl.zeros((BLOCK,), tl.int32) + (IN_Y if p_kept is None else IN_KEPT)
                 tl.store(p_slots + b_columns, b_slot, b_columns < N)
-        if is_first:
+        if tl.program_id(0) == 0:
             tl.store(p_counts, lost)
             tl.store(p_next + 1, 0)
         if p_bias is not None:  # else y is xhat but for its scale: as exact where xhat is small
@@ -166,21 +170,21 @@ def choose_slots(
 
 @triton.jit
 def store_reserved(
-    p_x, p_weight, p_bias, p_slots, p_reserved, b_mean, b_rstd, b_rows, is_first,
-    M, N, RESERVED, worst, smallest, inner, outer_stride, inner_stride, BLOCK: tl.constexpr,
+    p_x, p_weight, p_bias, p_slots, p_reserved, b_mean, b_rstd, b_rows,
+    M, N, smallest, inner, outer_stride, inner_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store the slots, and of the rows the xhat of the features that have one: x is read again."""
     before = tl.zeros((), tl.int32)
     for begin in range(0, N, BLOCK):
         b_columns = begin + tl.arange(0, BLOCK)
-        b_lost = is_lost(p_weight, p_bias, b_columns, N, worst, smallest)
+        b_lost = is_lost(p_weight, p_bias, b_columns, N, smallest)
         b_slot = before + tl.cumsum(b_lost, 0) - 1
-        b_slot = tl.where((b_lost > 0) & (b_slot < RESERVED), b_slot, IN_Y)
+        b_slot = tl.where((b_lost > 0) & (b_slot < slots_for(N)), b_slot, IN_Y)
         before += tl.sum(b_lost, 0)
         m_own = (b_rows < M)[:, None] & (b_slot >= 0)[None, :]
         b_x = load(p_x, b_rows, b_columns, m_own, inner, outer_stride, inner_stride)
         b_xhat = (b_x - b_mean[:, None]) * b_rstd[:, None]
-        p_own = p_reserved + b_rows[:, None] * RESERVED + b_slot[None, :]
+        p_own = p_reserved + b_rows[:, None] * slots_for(N) + b_slot[None, :]
         tl.store(p_own, rounded(b_xhat, p_reserved.dtype.element_ty), m_own)
-        if is_first:
+        if tl.program_id(0) == 0:
             tl.store(p_slots + b_columns, b_slot, b_columns < N)
