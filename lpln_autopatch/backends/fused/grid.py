@@ -1,8 +1,10 @@
-"""The tiles on which the kernels work, and the number of programs: arithmetic, without Triton."""
+"""Where rows lie, the tiles of the kernels, and how many programs: arithmetic, without Triton."""
 
 from __future__ import annotations
 
 import dataclasses
+
+from torch import Tensor
 
 # Measured on an H200.
 ONE_BLOCK = 8192  # longest row that is held in registers
@@ -61,3 +63,27 @@ def backward(
     at_once = _LOOPED_WARPS_PER_MULTIPROCESSOR if of.looped else _WARPS_PER_MULTIPROCESSOR
     programs = min(-(-m // of.rows), multiprocessors * (at_once // of.warps))
     return of, programs, stages(of, loads_recovery)
+
+
+def layout(x: Tensor, n_dims: int, features: int) -> tuple[Tensor, tuple[int, int, int]]:
+    """Find the rows of `x`: `x` itself, or a copy with contiguous rows, and three integers.
+
+    They are inner, outer_stride and inner_stride: row r begins at element
+    (r // inner) * outer_stride + (r % inner) * inner_stride.
+    """
+    if x.is_contiguous():
+        return x, (1, features, 0)
+    # The dimensions of more than one element; neighbours that make up one, as one.
+    kept: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-n_dims], x.stride()[:-n_dims], strict=True):
+        if size == 1:
+            continue
+        if kept and kept[-1][1] == size * stride:
+            kept[-1] = (kept[-1][0] * size, stride)
+        else:
+            kept.append((size, stride))
+    row = x[(0,) * (x.dim() - n_dims)]
+    if not row.is_contiguous() or len(kept) > 2:
+        return layout(x.contiguous(), n_dims, features)
+    (_, outer_stride), (inner, inner_stride) = [(1, 0), (1, 0), *kept][-2:]
+    return x, (inner, outer_stride, inner_stride)

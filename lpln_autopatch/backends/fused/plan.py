@@ -94,7 +94,7 @@ class Plan:
         self._multiprocessors = _multiprocessors(x.device)
         # The layout alone is asked for, not a copy of x.
         alike = torch.empty_strided(x.shape, x.stride(), device="meta")
-        read, self._layout = _layout(alike, n_dims, self._n)
+        read, self._layout = grid.layout(alike, n_dims, self._n)
         self._copies_x = read is not alike
         self._forward_launches: dict[tuple[Any, ...], Launch] = {}
         self._backward_launches: dict[tuple[Any, ...], _Backward] = {}
@@ -168,8 +168,8 @@ class Plan:
             wanted: True for each of the three that is computed. The others are None.
             is_x: True if x itself was kept.
         """
-        kept, kept_layout = _layout(kept, self.n_dims, self._n)
-        dy, dy_layout = _layout(dy, self.n_dims, self._n)
+        kept, kept_layout = grid.layout(kept, self.n_dims, self._n)
+        dy, dy_layout = grid.layout(dy, self.n_dims, self._n)
         key = wanted, is_x, recovery is None, kept_layout, dy_layout
         launches = self._backward_launches.get(key)
         if launches is None:
@@ -221,30 +221,6 @@ def _limits(dtype: torch.dtype) -> tuple[float, float]:
     """Return the eps of `dtype`, and its smallest normal number."""
     limits = torch.finfo(dtype)
     return limits.eps, limits.smallest_normal
-
-
-def _layout(x: Tensor, n_dims: int, features: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """Find the rows of `x`: `x` itself, or a copy with contiguous rows, and three integers.
-
-    They are inner, outer_stride and inner_stride: row r begins at element
-    (r // inner) * outer_stride + (r % inner) * inner_stride.
-    """
-    if x.is_contiguous():
-        return x, (1, features, 0)
-    # The dimensions of more than one element; neighbours that make up one, as one.
-    kept: list[tuple[int, int]] = []
-    for size, stride in zip(x.shape[:-n_dims], x.stride()[:-n_dims], strict=True):
-        if size == 1:
-            continue
-        if kept and kept[-1][1] == size * stride:
-            kept[-1] = (kept[-1][0] * size, stride)
-        else:
-            kept.append((size, stride))
-    row = x[(0,) * (x.dim() - n_dims)]
-    if not row.is_contiguous() or len(kept) > 2:
-        return _layout(x.contiguous(), n_dims, features)
-    (_, outer_stride), (inner, inner_stride) = [(1, 0), (1, 0), *kept][-2:]
-    return x, (inner, outer_stride, inner_stride)
 
 
 @functools.cache
