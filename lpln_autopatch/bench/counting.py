@@ -19,7 +19,7 @@ NORMS = (
     "emulated::rms_norm",
     "emulated::norm_",
 )
-NOT_A_CALL = ("_backward", "_slots", "_reduce")  # suffixes of a norm's other kernels
+NOT_A_CALL = ("_backward", "_reduce")  # suffixes of a norm's other kernels
 COUNTED = "operators moved norms casts kept flops least_ms peak norm_calls lowered_calls"
 CAST = "_to_copy"
 BANDWIDTH, RATE = 2.0e12, 312e12  # of an A100's memory, in bytes, and of its units, in FLOP
