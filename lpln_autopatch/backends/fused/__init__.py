@@ -159,7 +159,7 @@ def load(backend: Backend) -> Backend:
         except ImportError as error:
             raise ImportError(
                 f"Triton cannot be imported ({error}). It comes with the CUDA builds "
-                "of torch; elsewhere: pip install triton"
+                "of torch; elsewhere: pip install triton, and numpy for its interpreter"
             ) from error
     return backend
 
