@@ -118,7 +118,7 @@ def can_count(weight: Affine) -> TypeGuard[Tensor]:
     )
 
 
-# By the parameter's id: `torch.utils.weak.WeakTensorKeyDictionary` takes two to seven times as long.
+# By the id: `torch.utils.weak.WeakTensorKeyDictionary` takes two to seven times as long.
 tallies: dict[int, tuple[weakref.ref[Tensor], Tally]] = {}
 
 
