@@ -102,23 +102,10 @@ def lower(
         and (CUDA_NORMALISES_BFLOAT16 or dtype is torch.float16)
         and can_be_saved(x)
     ):
-        return lower_rounded(operator, x, what, weight, bias, eps, dtype)
+        # Outside of autocast, which would force float32.
+        with autocast_disabled():
+            return operator(x.to(dtype=dtype), what, _cast(weight, dtype), _cast(bias, dtype), eps)
     return lower_in_float32(operator, x, what, weight, bias, eps, dtype)
-
-
-def lower_rounded(
-    operator: Operator,
-    x: Tensor,
-    what: object,
-    weight: Affine,
-    bias: Affine,
-    eps: float | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Run `operator` in `dtype`, as Composer does."""
-    # Outside of autocast, which would force float32.
-    with autocast_disabled():
-        return operator(x.to(dtype=dtype), what, _cast(weight, dtype), _cast(bias, dtype), eps)
 
 
 def lower_in_float32(
@@ -151,8 +138,5 @@ def is_left_alone(tensor: Tensor) -> bool:
 
 
 _function: Callable[..., object]
-for _function in (
-    *(normalise, rms_norm, _rms_norm),
-    *(lower, lower_rounded, lower_in_float32, _cast, is_left_alone),
-):
+for _function in (normalise, rms_norm, _rms_norm, lower, lower_in_float32, _cast, is_left_alone):
     never_a_frame_of_its_own(_function)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lpln_autopatch import _forward
-from lpln_autopatch.backends import native
+from lpln_autopatch._torch_compat import autocast_disabled
 from lpln_autopatch.bench import timing
 from lpln_autopatch.bench.call import BACKENDS, PASSES, STOCK, Layer
 from lpln_autopatch.bench.contenders import Contender
@@ -26,13 +26,14 @@ SHAPE = (8, 64)
 
 
 class OnAGpu(torch.nn.LayerNorm):
-    """What `native` does on a GPU, on CPU tensors: it decides, and runs the same operators."""
+    """Does on CPU tensors what `native` does on a GPU: it decides, and runs the same operators."""
 
     def forward(self, input: Tensor) -> Tensor:
         dtype, _ = _forward.decide_and_count(_forward.active, "layer_norm", input, self.weight)
         assert dtype is not None
-        arguments = input, self.normalized_shape, self.weight, self.bias, self.eps
-        return native.lower_rounded(torch.layer_norm, *arguments, dtype)
+        x, weight, bias = (t.to(dtype=dtype) for t in (input, self.weight, self.bias))
+        with autocast_disabled():
+            return torch.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 NATIVE_ON_A_GPU = Contender("native on a GPU", OnAGpu, backend="native")

@@ -18,7 +18,7 @@ _MOST_LAUNCHES = 64  # of backward: the strides of dy may be new ones in each st
 
 
 class Result(NamedTuple):
-    """What a forward pass gives.
+    """The result of a forward pass, and all that it keeps.
 
     Attributes:
         y: The result, contiguous, shape of x.
